@@ -1,0 +1,31 @@
+# make demo: the digits experiment · make test: the tests · make check: lint and types
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow check clean
+
+demo: .venv/digits.stamp
+	$(BIN)/lorakit digits --out runs/digits
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -q -n 2
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/digits.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e '.[digits]'
+	touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e '.[dev]'
+	touch $@
