@@ -1,3 +1,44 @@
-"""LoRA for any PyTorch model: attach, train, save, switch and merge low-rank updates."""
+"""LoRA for any PyTorch model: attach, train, save, switch and merge low-rank updates.
+
+import lorakit as lk
+
+report = lk.attach(model, lk.LoRA(rank=8), targets="all-linear", name="sql")
+train(model)
+lk.save(model, "adapters/sql", name="sql")
+"""
+
+from lorakit.algebra import decompose, numerical_rank
+from lorakit.attach import attach, detach, plan, remove
+from lorakit.errors import LorakitError
+from lorakit.files import adapter_state_dict, load, save
+from lorakit.merge import merge, merged
+from lorakit.probe import probe
+from lorakit.resident import adapter_parameters, adapters, set_trainable
+from lorakit.switch import activate, active, disabled
+from lorakit.variants import LoRA, LowRankParametrization
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LoRA",
+    "LorakitError",
+    "LowRankParametrization",
+    "activate",
+    "active",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "adapters",
+    "attach",
+    "decompose",
+    "detach",
+    "disabled",
+    "load",
+    "merge",
+    "merged",
+    "numerical_rank",
+    "plan",
+    "probe",
+    "remove",
+    "save",
+    "set_trainable",
+]

@@ -1,0 +1,142 @@
+"""Adapters as files: a directory in PEFT's layout, or the same content in one `.safetensors` file.
+
+The directory holds `adapter_config.json` and `adapter_model.safetensors`, which PEFT and the engines that read its
+files understand. What PEFT has no field for (how each weight is adapted, fingerprints of the base) is JSON under
+"lorakit" in the safetensors header, so the one file holds everything.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.header import Header, WeightEntry, header_from_peft, parse_header, peft_config, peft_disagreements
+from lorakit.loading import build_additions
+from lorakit.plan import Plan
+from lorakit.state import add, check_new_name, find_root, one_name, require, sites
+from lorakit.storage import read_json_object, read_tensors, write_whole
+
+Verify = Literal["sample", "off"]
+
+_TENSORS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+
+
+def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The tensors of one adapter, detached, under the keys of PEFT's files: what `save` writes.
+
+    For LoRA `base_model.model.<layer>.lora_A.weight` (r, k) and `….lora_B.weight` (d, r). Without a name: the only
+    resident adapter.
+
+    Raises:
+        LorakitError: there is no such adapter, or there are several and no name.
+    """
+    root, state = require(model, None if name is None else [name])
+    name = one_name(state, name)
+    names = state.variants[name].file_names
+    return {
+        WeightEntry.of(site, name).key(names[tensor]): value.detach()
+        for site in sites(root, name)
+        for tensor, value in site.adapted[name].named_parameters()
+    }
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write one adapter: a directory in PEFT's layout, or one file if `path` ends in ".safetensors".
+
+    A file appears whole or not at all; what was there before under the same name is replaced.
+
+    Args:
+        model: the model that was given to `attach`.
+        path: the directory or file; its parents are made.
+        name: the adapter; by default the only resident one.
+
+    Raises:
+        LorakitError: no such adapter, it holds NaN or infinity, or the path cannot be written.
+    """
+    path = Path(path)
+    root, state = require(model, None if name is None else [name])
+    name = one_name(state, name)
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(root, name).items()}
+    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
+    header = Header(name, state.variants[name], tuple(WeightEntry.of(site, name) for site in sites(root, name)))
+    content = to_safetensors(tensors, metadata={"format": "pt", "lorakit": header.to_json()})
+    if path.suffix == ".safetensors":
+        if path.is_dir():
+            raise LorakitError(f"cannot write {path}: it is a directory")
+        write_whole(path, content)
+        return
+    if path.exists() and not path.is_dir():
+        raise LorakitError(f"cannot write {path}: it is a file; name a directory, or a file ending in .safetensors")
+    write_whole(path / _TENSORS, content)
+    write_whole(path / _CONFIG, json.dumps(peft_config(header, root), indent=2).encode())
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    verify: Verify = "sample",
+    trainable: bool = False,
+) -> Plan:
+    """Add an adapter from a file that `save` wrote, or from a PEFT directory of LoRA on linear layers.
+
+    As with `attach`, the base is frozen and the new adapter becomes the only active one.
+
+    Args:
+        model: the base the adapter was trained on.
+        path: a directory or a `.safetensors` file.
+        name: what to call it here; by default the name it was saved under, or the path's own.
+        verify: "sample" compares fingerprints of the adapted weights with those stored; "off" does not, for the same
+            base in another dtype, say.
+        trainable: whether to train it on.
+
+    Returns:
+        What was done; `print` it for a table.
+
+    Raises:
+        LorakitError: the file is damaged or does not fit this model: one error that lists everything that is wrong
+            (missing layers, shapes, missing or extra tensors, NaN, another base). The model is as it was.
+    """
+    if verify not in ("sample", "off"):
+        raise LorakitError(f"verify={verify!r} must be 'sample' or 'off'")
+    path = Path(path)
+    header, tensors = _read(path)
+    name = header.name if name is None else name
+    check_new_name(model, name)
+    root = find_root(model) or model
+    plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
+    add(root, name, header.variant, additions, trainable=trainable)
+    return plan
+
+
+def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    if not path.exists():
+        raise LorakitError(f"{path}: there is no such file or directory")
+    if not path.is_dir():
+        tensors, metadata = read_tensors(path)
+        if "lorakit" not in metadata:
+            raise LorakitError(
+                f"{path} does not say its alpha: it was not written by lorakit. Load the directory that has its "
+                f"{_CONFIG}"
+            )
+        return parse_header(metadata["lorakit"], str(path)), tensors
+    tensors, metadata = read_tensors(path / _TENSORS)
+    config = read_json_object(path / _CONFIG) if (path / _CONFIG).exists() or "lorakit" not in metadata else None
+    if "lorakit" not in metadata:
+        assert config is not None
+        return header_from_peft(config, list(tensors), path), tensors
+    header = parse_header(metadata["lorakit"], str(path / _TENSORS))
+    if config is not None and (fields := peft_disagreements(header, config)):
+        raise LorakitError(
+            f"{path}: {_CONFIG} and {_TENSORS} are of two different saves: they disagree on {', '.join(fields)}; save "
+            f"again, or delete {_CONFIG} to trust the tensors' own header"
+        )
+    return header, tensors

@@ -1,0 +1,23 @@
+"""A weight's fingerprint: enough to tell that an adapter meets the base it was trained on."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 256
+
+
+def fingerprint(weight: Tensor) -> str | None:
+    """A hash of 256 values spread evenly over the weight; None for a weight without values (on `meta`).
+
+    It takes microseconds, whatever the weight's size. Any training step changes nearly every value of a weight, so
+    two different checkpoints of one architecture are told apart.
+    """
+    if weight.is_meta:
+        return None
+    flat = weight.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+    sample = flat[places.to(flat.device)].cpu().contiguous()
+    content = bytes(sample.view(torch.uint8).tolist())
+    return hashlib.sha256(content).hexdigest()[:32]

@@ -1,0 +1,177 @@
+"""What a file says about the adapter in it: our own header, and PEFT's `adapter_config.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorakit.errors import LorakitError
+from lorakit.fingerprint import fingerprint
+from lorakit.layers import Mode, base_weight
+from lorakit.state import Site
+from lorakit.storage import parse_json_object
+from lorakit.variants import VARIANTS, LoRA, Variant
+
+_VERSION = 1
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One adapted weight, as a file describes it."""
+
+    path: str
+    """The layer's name in the model."""
+    parameter: str
+    mode: Mode | None
+    """How it was adapted; None if the file does not say."""
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    sample: str | None
+    """The base weight's fingerprint."""
+
+    @classmethod
+    def of(cls, site: Site, name: str) -> "WeightEntry":
+        """The entry for a live weight."""
+        weight = base_weight(site.layer, site.parameter)
+        mode = site.adapted[name].mode
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return cls(site.path, site.parameter, mode, tuple(weight.shape), dtype, fingerprint(weight))
+
+    @property
+    def name(self) -> str:
+        """The weight's full name in the model."""
+        return ".".join(part for part in (self.path, self.parameter) if part)
+
+    def key(self, file_name: str) -> str:
+        """The key of one of its tensors, as PEFT has it: a layer's own weight goes by the layer's name."""
+        parts = (self.path, "" if self.parameter == "weight" else self.parameter, file_name)
+        return _PREFIX + ".".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that is known of an adapter but its tensors."""
+
+    name: str
+    variant: Variant
+    weights: tuple[WeightEntry, ...]
+
+    def to_json(self) -> str:
+        """The text that `parse_header` reads."""
+        return json.dumps(
+            {
+                "version": _VERSION,
+                "name": self.name,
+                "variant": {"type": type(self.variant).__name__, **asdict(self.variant)},  # type: ignore[call-overload]
+                "weights": [asdict(entry) for entry in self.weights],
+            },
+            separators=(",", ":"),
+        )
+
+
+def parse_header(text: str, where: str) -> Header:
+    """The header in a file's metadata.
+
+    Raises:
+        LorakitError: it is damaged, or of a version that is not known here.
+    """
+    raw = parse_json_object(text, f"the lorakit header of {where}")
+    if raw.get("version") != _VERSION:
+        raise LorakitError(f"{where} has a header of version {raw.get('version')!r}; this lorakit reads {_VERSION}")
+    try:
+        fields = dict(raw["variant"])
+        variant = VARIANTS[fields.pop("type")](**fields)
+        weights = tuple(_entry(entry) for entry in raw["weights"])
+        name = raw["name"]
+        if not isinstance(name, str):
+            raise TypeError("the name is no string")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LorakitError(f"the lorakit header of {where} is damaged: {type(error).__name__}: {error}") from None
+    return Header(name, variant, weights)
+
+
+def _entry(raw: Mapping[str, Any]) -> WeightEntry:
+    entry = WeightEntry(**{**raw, "shape": tuple(raw["shape"])})
+    words = (entry.path, entry.parameter, entry.dtype)
+    if not all(isinstance(word, str) for word in words) or entry.mode not in ("beside", "weight"):
+        raise TypeError(f"{raw!r}")
+    if not all(isinstance(size, int) and size >= 0 for size in raw["shape"]):
+        raise TypeError(f"shape {raw['shape']!r}")
+    if entry.sample is not None and not isinstance(entry.sample, str):
+        raise TypeError(f"sample {entry.sample!r}")
+    return entry
+
+
+def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
+    """What PEFT, vLLM and llama.cpp ask of `adapter_config.json`."""
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "base_model_name_or_path": base if isinstance(base, str) else None,
+        "revision": None,
+        **header.variant.peft_fields(),
+        "target_modules": [entry.path if entry.parameter == "weight" else entry.name for entry in header.weights],
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
+    """Which fields of a config contradict the header it lies beside."""
+    return [key for key, value in header.variant.peft_fields().items() if config.get(key, value) != value]
+
+
+_UNREAD = (
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "fan_in_fan_out",
+)
+
+
+def header_from_peft(config: Mapping[str, Any], keys: list[str], path: Path) -> Header:
+    """The header of a directory that PEFT wrote: LoRA on linear layers.
+
+    Raises:
+        LorakitError: it is another method, or has parts that are not read; each is named.
+    """
+    if config.get("peft_type") != "LORA":
+        raise LorakitError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be read")
+    unread = [f"{key}={config[key]!r}" for key in _UNREAD if config.get(key)]
+    if config.get("bias", "none") != "none":
+        unread.append(f"bias={config['bias']!r}")
+    if unread:
+        raise LorakitError(f"{path} has what cannot be read yet: {', '.join(unread)}")
+    if "r" not in config or "lora_alpha" not in config:
+        raise LorakitError(f"{path}: its config has no 'r' or no 'lora_alpha', and a scale is never guessed")
+    try:
+        variant = LoRA(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            scaling="rslora" if config.get("use_rslora") else "standard",
+        )
+    except LorakitError as error:
+        raise LorakitError(f"{path}: in its config, {error}") from None
+    suffix = "." + LoRA.file_names["A"]
+    paths = [key.removeprefix(_PREFIX).removesuffix(suffix) for key in keys if key.endswith(suffix)]
+    entries = tuple(WeightEntry(layer, "weight", None, None, None, None) for layer in sorted(paths))
+    return Header(path.name, variant, entries)

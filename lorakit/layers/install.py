@@ -1,0 +1,131 @@
+"""How updates reach a layer's computation: a forward hook for *beside*, a property of its class for *in the weight*.
+
+In the weight, the layer's class becomes a subclass in which the parameter's name is a property: reading it gives the
+adapted weight, while the parameter itself stays where it was, under its own key in `_parameters`. That is the idea of
+`torch.nn.utils.parametrize` without moving the parameter to `parametrizations.<name>.original`: keys, order and
+storage of `state_dict()` and `named_parameters()` do not change, a base checkpoint still loads, the module still
+pickles, and RNNs, which keep a list of their weights, are covered.
+"""
+
+from functools import cache, partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.layers.adapters import AdaptedWeight, Adapters
+from lorakit.layers.kind import accumulation_dtype
+
+
+def adapters_of(layer: nn.Module) -> Adapters | None:
+    """What is installed on the layer, if anything."""
+    lora = layer._modules.get("lora")
+    return lora if isinstance(lora, Adapters) else None
+
+
+def install(layer: nn.Module, adapters: Adapters) -> None:
+    """Make `adapters` act on the layer; also to be called after its contents have changed."""
+    uninstall(layer)
+    layer.add_module("lora", adapters)
+    if any(adapters[parameter].holds("beside") for parameter in adapters):
+        layer.register_forward_hook(_beside, prepend=True, with_kwargs=True)
+    names = tuple(sorted(parameter for parameter in adapters if adapters[parameter].holds("weight")))
+    if names:
+        layer.__class__ = _reading_class(cast(Any, type(layer)), names)
+
+
+def uninstall(layer: nn.Module) -> Adapters | None:
+    """Take everything off the layer and hand it back; the layer is then as it came."""
+    adapters = adapters_of(layer)
+    if adapters is None:
+        return None
+    reading = "_read_by_lorakit" in vars(type(layer))
+    if hasattr(type(layer), "_read_by_lorakit") and not reading:
+        raise LorakitError(
+            f"cannot take an adapter off a {type(layer).__name__}: its class was changed after attaching "
+            "(by fully_shard, say); detach before that"
+        )
+    for key in [key for key, hook in layer._forward_hooks.items() if hook is _beside]:
+        del layer._forward_hooks[key]
+        layer._forward_hooks_with_kwargs.pop(key, None)
+    if reading:
+        layer.__class__ = type(layer).__bases__[0]
+        if isinstance(layer, nn.RNNBase):
+            layer._flat_weights = _flat_weights(layer)
+    del layer._modules["lora"]
+    return adapters
+
+
+def base_weight(layer: nn.Module, parameter: str) -> Tensor:
+    """The frozen weight itself, past any update."""
+    weight = layer._parameters.get(parameter)
+    if weight is not None:
+        return weight
+    # Not a plain parameter: a property of the layer's own class, by torch's parametrize for instance.
+    for owner in type(layer).__mro__:
+        if parameter in vars(owner).get("_read_by_lorakit", ()):
+            return cast(Tensor, getattr(super(owner, layer), parameter))
+    return cast(Tensor, getattr(layer, parameter))
+
+
+def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The forward hook: the layer's output with every acting update added."""
+    adapters = cast(Adapters, layer.lora)
+    for parameter in adapters:
+        for update, strength in adapters[parameter].acting("beside"):
+            output = update.beside(layer, args[0] if args else next(iter(kwargs.values())), output, strength)
+    return output
+
+
+def adapted_weight(weight: Tensor, adapted: AdaptedWeight) -> Tensor:
+    """The weight with every update that acts in it. With none it is the very same object."""
+    result = weight
+    for update, strength in adapted.acting("weight"):
+        if result is weight:
+            result = weight.to(accumulation_dtype(weight.dtype))  # rounded once, after the last update
+        result = update(result, strength)
+    return result.to(weight.dtype)
+
+
+def _read(layer: nn.Module, parameter: str) -> Tensor:
+    """The getter of an adapted parameter."""
+    try:
+        return adapted_weight(base_weight(layer, parameter), cast(Adapters, layer.lora)[parameter])
+    except AttributeError as error:
+        # An AttributeError would send Python on to nn.Module.__getattr__, which finds the bare weight: silently wrong.
+        raise RuntimeError(f"reading the adapted {parameter!r} failed: {error}") from error
+
+
+@cache
+def _reading_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of `base` in which reading each of `names` gives the adapted weight."""
+    namespace: dict[str, Any] = {name: property(partial(_read, parameter=name)) for name in names}
+    namespace["_read_by_lorakit"] = names
+    namespace["__module__"] = base.__module__
+
+    def reduce(layer: nn.Module, protocol: Any) -> Any:
+        """Pickle as the base's class would, plus the names: a class made at run time cannot be imported."""
+        make, args, *state = super(subclass, layer).__reduce_ex__(protocol)
+        if args and args[0] is subclass:  # copyreg.__newobj__(cls)
+            return (_new, (base, names), *state)
+        return (make, args, *state)
+
+    namespace["__reduce_ex__"] = reduce
+    if issubclass(base, nn.RNNBase):
+        # torch's RNNs hand this list to their kernel instead of reading the attributes.
+        namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+    subclass = cast(Any, type(base))(f"Adapted{base.__name__}", (base,), namespace)
+    return cast(type[nn.Module], subclass)
+
+
+def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    subclass = _reading_class(cast(Any, base), names)
+    return subclass.__new__(subclass)
+
+
+def _flat_weights(layer: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(layer, name, None) for name in layer._flat_weights_names]
+
+
+def _set_flat_weights(layer: nn.RNNBase, value: Any) -> None:
+    """Torch rebuilds its list after `.to()`; ours is derived at each read, so there is nothing to keep."""

@@ -1,0 +1,54 @@
+"""`nn.Linear`: W is (out, in), so d = out and k = in."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lorakit.layers.kind import CalledKind, Kind, flat_factor_shapes, flat_shape, kind_of
+from lorakit.layers.parameter import Parameter
+
+
+@final
+@dataclass(frozen=True)
+class Linear(CalledKind):
+    """A linear layer that is called. A is (r, in), B is (out, r)."""
+
+    name: ClassVar[str] = "Linear"
+    parameter: str = "weight"
+    is_linear: bool = True
+
+    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
+        """(out, in)."""
+        return flat_shape(weight)
+
+    def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(r, in) and (out, r)."""
+        return flat_factor_shapes(weight, rank)
+
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """B·A: (out, in)."""
+        return B @ A
+
+    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
+        h = F.linear(x, A)  # (..., r)
+        if h.dtype != y.dtype or y.is_nested:
+            return y + (F.linear(h, B) * scale).to(y.dtype)
+        # One pass over y: the product, the scale and the sum in a single kernel.
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale).view(y.shape)
+
+
+@kind_of.register
+def _(layer: nn.Linear) -> Kind:
+    return Linear()
+
+
+@kind_of.register
+def _(layer: NonDynamicallyQuantizableLinear) -> Kind:
+    # torch uses this type for `nn.MultiheadAttention.out_proj` alone, never calls it, and hands its weight to a
+    # fused function: a hook on it would be a silent no-op.
+    return Parameter("weight", is_linear=True)

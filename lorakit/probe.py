@@ -1,0 +1,185 @@
+"""Proof that an adapter acts: change each update in turn and watch the model's output."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.layers import Update
+from lorakit.state import Site, one_name, require, sites
+from lorakit.switch import active
+from lorakit.tables import table
+
+Effect = Literal["effective", "unreached", "bypassed"]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was seen at one adapted weight."""
+
+    weight: str
+    train: Effect
+    eval: Effect
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What `probe` saw."""
+
+    name: str
+    weights: tuple[Probed, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every update reached the output, in train and in eval mode."""
+        return all(row.train == row.eval == "effective" for row in self.weights)
+
+    def __str__(self) -> str:
+        return f"{self.name}\n" + table(
+            ["weight", "in train()", "in eval()"], [[row.weight, row.train, row.eval] for row in self.weights]
+        )
+
+
+@torch.no_grad()
+def probe(model: nn.Module, *inputs: Any, name: str | None = None, **named_inputs: Any) -> ProbeReport:
+    """Run the model on inputs in train and in eval mode, and say for each adapted weight whether its update acts.
+
+    Each update in turn is replaced by noise. If the output changes it is "effective"; if the update was never asked
+    for, its layer did not run: "unreached"; if it was, yet nothing changed: "bypassed". One pass for each weight
+    and mode, without gradients, so fused inference paths are tried as well. Weights, buffers, modes and random state
+    are as before.
+
+    Args:
+        model: the model that was given to `attach`.
+        *inputs: what the model is called with.
+        name: the adapter; by default the only active one, or the only resident one.
+        **named_inputs: keyword arguments of the call.
+
+    Raises:
+        LorakitError: no such adapter, or the model returns no tensor.
+    """
+    root, state = require(model, None if name is None else [name])
+    if name is None and len(state.selection.active) == 1:
+        name = state.selection.active[0][0]
+    name = one_name(state, name)
+    where = sites(root, name)
+    effects: dict[bool, list[Effect]] = {}
+    with active(root, name), _modes_restored(root):
+        for training in (True, False):
+            root.train(training)
+            effects[training] = _effects(root, lambda: model(*inputs, **named_inputs), where, name)
+    rows = zip(where, effects[True], effects[False], strict=True)
+    return ProbeReport(name, tuple(Probed(site.name, train, eval_) for site, train, eval_ in rows))
+
+
+def _effects(root: nn.Module, run: Callable[[], Any], where: list[Site], name: str) -> list[Effect]:
+    buffers = [
+        (module, key, buffer, buffer.clone())
+        for module in root.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+    def output() -> list[Tensor]:
+        devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
+        try:
+            with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
+                torch.manual_seed(0)
+                return [tensor.clone() for tensor in _tensors(run())]
+        finally:
+            for module, key, buffer, values in buffers:  # running statistics and the like
+                module._buffers[key] = buffer.copy_(values)
+
+    with ExitStack() as watching:
+        spies = [watching.enter_context(_watched(site, name)) for site in where]
+        before = output()
+    if not before:
+        raise LorakitError("the model returned no tensor to watch; probe a module that does")
+    effects: list[Effect] = []
+    for site, spy in zip(where, spies, strict=True):
+        if not spy.asked:
+            effects.append("unreached")
+            continue
+        with _noise(site.adapted[name]):
+            effects.append("bypassed" if _same(before, output()) else "effective")
+    return effects
+
+
+class _Spy(Update):
+    """Stands in for an update and notes whether it was asked."""
+
+    def __init__(self, update: Update) -> None:
+        super().__init__()
+        self.update = update
+        self.mode = update.mode
+        self.asked = False
+
+    def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        self.asked = True
+        result: Tensor = self.update(weight, strength)
+        return result
+
+    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, strength: float) -> Tensor:
+        self.asked = True
+        return self.update.beside(layer, x, y, strength)
+
+
+@contextmanager
+def _watched(site: Site, name: str) -> Iterator[_Spy]:
+    spy = _Spy(site.adapted[name])
+    site.adapted._modules[name] = spy
+    try:
+        yield spy
+    finally:
+        site.adapted._modules[name] = spy.update
+
+
+@contextmanager
+def _noise(update: Update) -> Iterator[None]:
+    """Standard normal noise in all the update's tensors; the values from before after it."""
+    values = [parameter.clone() for parameter in update.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in update.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        yield
+    finally:
+        for parameter, value in zip(update.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def _modes_restored(root: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in root.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor in a model's output, however nested."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Equal to the bit, NaN being equal to NaN."""
+    return len(before) == len(after) and all(
+        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in zip(before, after, strict=True)
+    )

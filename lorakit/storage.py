@@ -1,0 +1,82 @@
+"""Files that are whole or absent, and files by others that are read with suspicion."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorakit.errors import LorakitError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        LorakitError: it cannot be written; what was there is untouched and nothing is left beside it.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise LorakitError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename survive a power cut, where the system lets a directory be opened."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        LorakitError: it is missing, truncated, corrupt, or of another format.
+    """
+    if not path.is_file():
+        raise LorakitError(f"{path}: there is no such file" if not path.exists() else f"{path} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as error:
+        raise LorakitError(f"{path} is no readable safetensors file, or a damaged one: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        LorakitError: it is missing or holds something else.
+    """
+    try:
+        return parse_json_object(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorakitError(f"cannot read {path}: {error}") from None
+
+
+def parse_json_object(text: str, where: str) -> dict[str, Any]:
+    """The JSON object in a text; `where` names it in errors."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LorakitError(f"{where} holds no valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise LorakitError(f"{where} must hold a JSON object, not {type(value).__name__}")
+    return value

@@ -1,0 +1,152 @@
+"""LoRA: W' = W + s·B·A with s = alpha/r (Hu et al. 2021, arXiv:2106.09685, §4.1)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.errors import LorakitError
+from lorakit.layers import CalledKind, Kind, Mode, Parameter, Update, accumulation_dtype
+from lorakit.variants.checks import check_integer, check_number, check_one_of
+from lorakit.variants.variant import Variant
+
+
+@final
+@dataclass(frozen=True)
+class LoRA(Variant):
+    """Hyper-parameters of LoRA.
+
+    Args:
+        rank: r, the inner dimension of B·A; at least 1.
+        alpha: the numerator of the scale, above 0; None means `rank`, a scale of 1.
+        dropout: probability in [0, 1) with which entries of the adapter's input are dropped in training. It acts
+            on the input, so it needs an update beside the call.
+        scaling: "standard" is alpha/r; "rslora" is alpha/√r, which keeps the update's size when the rank grows
+            (Kalajdzievski 2023, arXiv:2312.03732).
+        init: how A begins; B is always zero. "kaiming" is uniform in ±1/√k, as `nn.Linear` begins; "gaussian" is
+            normal with standard deviation `std`.
+        std: for init="gaussian": the standard deviation; None means 1/rank.
+
+    Raises:
+        LorakitError: a value is out of range or of the wrong type.
+    """
+
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.0
+    scaling: Literal["standard", "rslora"] = "standard"
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    std: float | None = None
+
+    file_names: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
+
+    def __post_init__(self) -> None:
+        check_integer("rank", self.rank, at_least=1)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", self.rank)
+        check_number("alpha", self.alpha, above=0)
+        check_number("dropout", self.dropout, at_least=0, below=1)
+        check_one_of("scaling", self.scaling, ("standard", "rslora"))
+        check_one_of("init", self.init, ("kaiming", "gaussian"))
+        if self.std is not None:
+            check_number("std", self.std, above=0)
+            if self.init != "gaussian":
+                raise LorakitError(f"std={self.std} has no meaning with init={self.init!r}; use init='gaussian'")
+
+    @property
+    def scale(self) -> float:
+        """s, the factor before B·A: alpha/r, or alpha/√r for rsLoRA."""
+        alpha = cast(float, self.alpha)
+        return alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    def peft_fields(self) -> dict[str, Any]:
+        """r, lora_alpha, lora_dropout and use_rslora."""
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.scaling == "rslora",
+        }
+
+    def build(self, kind: Kind, weight: Tensor, mode: Mode) -> "LowRankParametrization":
+        """A and B for one weight."""
+        if mode == "weight" and self.dropout > 0:
+            raise LorakitError(
+                f"dropout={self.dropout} acts on the input of a call and cannot be expressed in the weight; "
+                "use dropout=0, or adapt the layer itself, beside its call"
+            )
+        return LowRankParametrization(weight, self, kind=kind, mode=mode)
+
+    def caution(self, kind: Kind, weight: Tensor) -> str | None:
+        """A rank above min(d, k) buys nothing."""
+        d, k = kind.matrix_shape(weight)
+        if self.rank <= min(d, k):
+            return None
+        return (
+            f"rank {self.rank} is above min(d, k) = {min(d, k)} of its {d}×{k} weight: B·A cannot have a rank above "
+            f"{min(d, k)}, the rest is parameters without effect"
+        )
+
+
+@final
+class LowRankParametrization(Update):
+    """The two factors of one weight: `layer.weight` reads as W + s·B·A when enabled, and as W when not.
+
+    `attach` builds these; one can also be used alone, with nothing but torch:
+
+        register_parametrization(layer, "weight", LowRankParametrization(layer.weight, LoRA(rank=1)))
+
+    Args:
+        weight: the weight W to adapt, two or more axes; it gives shape, dtype and device, and is not kept.
+        spec: rank, scale and initialisation.
+        kind: how W is seen as a d×k matrix; by default its first axis is d.
+        mode: where the update acts when it is attached to a layer.
+
+    Attributes:
+        A: (r, k) for a 2-D weight, in float32 if W is of 16 bits or less, else in W's dtype.
+        B: (d, r), zero at first: B·A = 0, nothing changes until it is trained.
+        enabled: set it to False to read W itself.
+    """
+
+    def __init__(self, weight: Tensor, spec: LoRA, kind: Kind | None = None, mode: Mode = "weight") -> None:
+        super().__init__()
+        if weight.dim() < 2 and kind is None:
+            raise LorakitError(f"a weight of shape {tuple(weight.shape)} is no matrix; LoRA needs two axes or more")
+        self.kind = kind or Parameter("weight")
+        self.mode = mode
+        self.scale = spec.scale
+        self.dropout = spec.dropout
+        self.enabled = True
+        a_shape, b_shape = self.kind.factor_shapes(weight, spec.rank)
+        dtype = accumulation_dtype(weight.dtype)
+        self.A = nn.Parameter(torch.empty(a_shape, dtype=dtype, device=weight.device))
+        self.B = nn.Parameter(torch.zeros(b_shape, dtype=dtype, device=weight.device))
+        if spec.init == "gaussian":
+            nn.init.normal_(self.A, std=1 / spec.rank if spec.std is None else spec.std)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """W + strength·s·B·A, or W itself when not enabled."""
+        if not self.enabled:
+            return weight
+        delta = self.kind.delta_weight(weight, self.A, self.B)
+        wide = torch.promote_types(weight.dtype, delta.dtype)
+        return torch.add(weight.to(wide), delta.to(wide), alpha=self.scale * strength).to(weight.dtype)
+
+    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, strength: float) -> Tensor:
+        """The output y plus strength·s·B(A(x)); y itself when not enabled."""
+        if not self.enabled:
+            return y
+        x = x.to(self.A.dtype)
+        if self.dropout > 0 and self.training:
+            x = F.dropout(x, self.dropout)
+        return cast(CalledKind, self.kind).beside(layer, x, y, self.A, self.B, self.scale * strength)
+
+    def extra_repr(self) -> str:
+        """Shapes and scale, for `print(model)`."""
+        return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, scale={self.scale:g}, mode={self.mode!r}"
