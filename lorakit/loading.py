@@ -47,7 +47,8 @@ def build_additions(
             if found:
                 problems.append(found)
             elif value is not None:
-                setattr(update, tensor, nn.Parameter(value.to(place.weight.device)))
+                # Copied out of the file's memory, whose alignment could change how a product rounds.
+                setattr(update, tensor, nn.Parameter(value.to(place.weight.device, copy=True)))
         places.append(place)
         additions.append(Addition(place.layer, place.kind, update))
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]
