@@ -1,6 +1,7 @@
 """The over-sized digit classifier of the talk, and how it is trained and tested."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 from lorakit.digits.data import Digits
 
 BATCH = 10
-LEARNING_RATE = 1e-3
 
 
 class DigitNet(nn.Module):
@@ -57,21 +57,32 @@ def train(
     parameters: Iterable[nn.Parameter],
     batches: Iterable[tuple[Tensor, Tensor]],
     step: Callable[[], None],
-    rate: Callable[[int], float] = lambda i: 1.0,
+    lr: float = 1e-3,
 ) -> None:
-    """Adam on the cross-entropy, one step for each batch; calls `step` after each.
-
-    `rate` is the factor on the learning rate at step i.
-    """
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+    """Adam on the cross-entropy, one step for each batch; calls `step` after each."""
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     net.train()
-    for i, (images, labels) in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(i)
-        optimizer.zero_grad()
-        F.cross_entropy(net(images), labels).backward()
-        optimizer.step()
-        step()
+    with _one_thread():
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+            step()
     net.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Batches of 10 are too small to share: a second thread gains nothing and, on a busy machine, waits at every step.
+
+    It also makes the numbers the same whatever the count of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
