@@ -5,7 +5,7 @@ import warnings
 from torch import nn
 
 from lorakit.plan import Plan, draw_up
-from lorakit.state import Addition, add, drop, require
+from lorakit.state import Addition, add, drop, drop_all, require
 from lorakit.targets import RequestedMode, Targets
 from lorakit.variants import Variant
 
@@ -82,8 +82,7 @@ def detach(model: nn.Module) -> None:
         LorakitError: the model has no adapter, or is inside `merged(...)`.
     """
     root, state = require(model)
-    for name in list(state.variants):
-        drop(root, state, name)
+    drop_all(root, state)
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -14,10 +14,19 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.header import Header, WeightEntry, header_from_peft, parse_header, peft_config, peft_disagreements
+from lorakit.fingerprint import whole
+from lorakit.header import (
+    Header,
+    WeightEntry,
+    file_key,
+    header_from_peft,
+    parse_header,
+    peft_config,
+    peft_disagreements,
+)
 from lorakit.loading import build_additions
 from lorakit.plan import Plan
-from lorakit.state import add, check_new_name, find_root, one_name, require, sites
+from lorakit.state import add, check_addition, find_root, one_name, require, sites, unwrapped
 from lorakit.storage import read_json_object, read_tensors, write_whole
 
 Verify = Literal["sample", "off"]
@@ -39,7 +48,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     name = one_name(state, name)
     names = state.variants[name].file_names
     return {
-        WeightEntry.of(site, name).key(names[tensor]): value.detach()
+        file_key(site.path, site.parameter, names[tensor]): value.detach()
         for site in sites(root, name)
         for tensor, value in site.adapted[name].named_parameters()
     }
@@ -61,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     path = Path(path)
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state_dict(root, name).items()}
+    tensors = {key: whole(tensor).cpu().contiguous() for key, tensor in adapter_state_dict(root, name).items()}
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
@@ -110,8 +119,8 @@ def load(
     path = Path(path)
     header, tensors = _read(path)
     name = header.name if name is None else name
-    check_new_name(model, name)
-    root = find_root(model) or model
+    check_addition(model, name)
+    root = find_root(model) or unwrapped(model)
     plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
     add(root, name, header.variant, additions, trainable=trainable)
     return plan

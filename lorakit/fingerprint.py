@@ -1,11 +1,19 @@
 """A weight's fingerprint: enough to tell that an adapter meets the base it was trained on."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _SAMPLES = 256
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full value of a tensor that may be sharded; then every process must ask for it."""
+    # A DTensor; its class is not imported here, since that takes longer than all of lorakit.
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def fingerprint(weight: Tensor) -> str | None:
@@ -16,7 +24,7 @@ def fingerprint(weight: Tensor) -> str | None:
     """
     if weight.is_meta:
         return None
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight.detach()).reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
     sample = flat[places.to(flat.device)].cpu().contiguous()
     content = bytes(sample.view(torch.uint8).tolist())

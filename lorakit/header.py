@@ -47,9 +47,14 @@ class WeightEntry:
         return ".".join(part for part in (self.path, self.parameter) if part)
 
     def key(self, file_name: str) -> str:
-        """The key of one of its tensors, as PEFT has it: a layer's own weight goes by the layer's name."""
-        parts = (self.path, "" if self.parameter == "weight" else self.parameter, file_name)
-        return _PREFIX + ".".join(part for part in parts if part)
+        """The key of one of its tensors."""
+        return file_key(self.path, self.parameter, file_name)
+
+
+def file_key(path: str, parameter: str, file_name: str) -> str:
+    """The key of a tensor, as PEFT has it: a layer's own weight goes by the layer's name."""
+    parts = (path, "" if parameter == "weight" else parameter, file_name)
+    return _PREFIX + ".".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Header:
     name: str
     variant: Variant
     weights: tuple[WeightEntry, ...]
+    ours: bool = True
+    """Whether lorakit wrote it. PEFT computes in float32 with tensors that its file holds in 16 bits; so do we."""
 
     def to_json(self) -> str:
         """The text that `parse_header` reads."""
@@ -147,6 +154,9 @@ _UNREAD = (
 )
 
 
+_KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
+
+
 def header_from_peft(config: Mapping[str, Any], keys: list[str], path: Path) -> Header:
     """The header of a directory that PEFT wrote: LoRA on linear layers.
 
@@ -156,6 +166,9 @@ def header_from_peft(config: Mapping[str, Any], keys: list[str], path: Path) -> 
     if config.get("peft_type") != "LORA":
         raise LorakitError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be read")
     unread = [f"{key}={config[key]!r}" for key in _UNREAD if config.get(key)]
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _KEEPS_THE_BASE:
+        unread.append(f"init_lora_weights={start!r}, which changes the base")
     if config.get("bias", "none") != "none":
         unread.append(f"bias={config['bias']!r}")
     if unread:
@@ -174,4 +187,4 @@ def header_from_peft(config: Mapping[str, Any], keys: list[str], path: Path) -> 
     suffix = "." + LoRA.file_names["A"]
     paths = [key.removeprefix(_PREFIX).removesuffix(suffix) for key in keys if key.endswith(suffix)]
     entries = tuple(WeightEntry(layer, "weight", None, None, None, None) for layer in sorted(paths))
-    return Header(path.name, variant, entries)
+    return Header(path.name, variant, entries, ours=False)

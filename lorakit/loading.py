@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry
+from lorakit.layers import accumulation_dtype
 from lorakit.plan import Plan, plan_of
 from lorakit.state import Addition
 from lorakit.targets import Index, Place, place_of
@@ -48,7 +49,11 @@ def build_additions(
                 problems.append(found)
             elif value is not None:
                 # Copied out of the file's memory, whose alignment could change how a product rounds.
-                setattr(update, tensor, nn.Parameter(value.to(place.weight.device, copy=True)))
+                dtype = value.dtype if header.ours else accumulation_dtype(value.dtype)
+                setattr(update, tensor, nn.Parameter(value.to(place.weight.device, dtype, copy=True)))
+        dtypes = sorted({str(value.dtype) for _, value in mine.values() if value is not None})
+        if len(dtypes) > 1:
+            problems.append(f"the tensors of {entry.name!r} are of several dtypes: {', '.join(dtypes)}")
         places.append(place)
         additions.append(Addition(place.layer, place.kind, update))
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import accumulation_dtype, base_weight, install, uninstall
-from lorakit.state import Site, State, drop, layers_of, require, sites
+from lorakit.layers import accumulation_dtype, base_weight
+from lorakit.state import Site, State, bare, drop_all, layers_of, require, sites
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import table
 
@@ -64,8 +64,7 @@ def merge(model: nn.Module, choice: Choice | None = None) -> MergeReport:
     merged = _merge(root, strengths)
     dropped = tuple(name for name in state.variants if name not in strengths)
     owners = _owners(root)
-    for name in list(state.variants):
-        drop(root, state, name)
+    drop_all(root, state)
     for site, weight, _ in merged:
         parameter = site.layer._parameters[site.parameter]
         assert parameter is not None
@@ -89,23 +88,17 @@ def merged(model: nn.Module, choice: Choice | None = None) -> Iterator[None]:
     Raises:
         LorakitError: nothing to merge, or the result is not finite; the model is as it was.
     """
-    root, state, strengths = _chosen(model, choice)
+    root, _, strengths = _chosen(model, choice)
     merged = _merge(root, strengths)
-    layers = {id(site.layer): site.layer for site in sites(root)}.values()
-    state.merged = True
-    taken = [(layer, uninstall(layer)) for layer in layers]
-    aside = [(site, site.layer._parameters[site.parameter]) for site, _, _ in merged]
-    try:
-        for site, weight, _ in merged:
-            setattr(site.layer, site.parameter, nn.Parameter(weight, requires_grad=False))
-        yield
-    finally:
-        for site, parameter in aside:
-            setattr(site.layer, site.parameter, parameter)
-        for layer, adapters in taken:
-            assert adapters is not None
-            install(layer, adapters.train(layer.training))
-        state.merged = False
+    with bare(root):
+        aside = [(site, site.layer._parameters[site.parameter]) for site, _, _ in merged]
+        try:
+            for site, weight, _ in merged:
+                setattr(site.layer, site.parameter, nn.Parameter(weight, requires_grad=False))
+            yield
+        finally:
+            for site, parameter in aside:
+                setattr(site.layer, site.parameter, parameter)
 
 
 def _chosen(model: nn.Module, choice: Choice | None) -> tuple[nn.Module, State, dict[str, float]]:
@@ -130,8 +123,9 @@ def _merge(root: nn.Module, strengths: dict[str, float]) -> list[tuple[Site, Ten
         weight = base_weight(site.layer, site.parameter)
         wide = weight.to(accumulation_dtype(weight.dtype))
         total = wide
-        for name in names:
-            total = site.adapted[name](total, strengths[name])
+        with torch.autocast(weight.device.type, enabled=False):
+            for name in names:
+                total = site.adapted[name](total, strengths[name])
         result = total.to(weight.dtype)
         if not result.isfinite().all():
             bad.append(site.name)

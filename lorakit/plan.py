@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
 from lorakit.layers import Adapters
-from lorakit.state import check_new_name, find_root
+from lorakit.state import check_addition, find_root, unwrapped
 from lorakit.tables import shape, table
 from lorakit.targets import Place, RequestedMode, Targets, resolve
 from lorakit.variants import Variant
@@ -94,8 +95,8 @@ def draw_up(
         raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(variant, Variant):
         raise LorakitError(f"the second argument must be a variant such as LoRA(rank=8), not {variant!r}")
-    check_new_name(model, name)
-    root = find_root(model) or model
+    check_addition(model, name)
+    root = find_root(model) or unwrapped(model)
     if _count(root) != _count(model):
         raise LorakitError(
             f"adapters were attached to a part of this {type(model).__name__}: attach to that part, or detach it first"
@@ -131,4 +132,4 @@ def _row(place: Place, variant: Variant) -> Row:
 def _count(model: nn.Module) -> int:
     """The base's parameters, without those of adapters."""
     added = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in added)
+    return sum(p.numel() for p in model.parameters() if id(p) not in added and not is_lazy(p))

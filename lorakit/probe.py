@@ -77,22 +77,11 @@ def probe(model: nn.Module, *inputs: Any, name: str | None = None, **named_input
 
 
 def _effects(root: nn.Module, run: Callable[[], Any], where: list[Site], name: str) -> list[Effect]:
-    buffers = [
-        (module, key, buffer, buffer.clone())
-        for module in root.modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
     def output() -> list[Tensor]:
         devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
-        try:
-            with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
-                torch.manual_seed(0)
-                return [tensor.clone() for tensor in _tensors(run())]
-        finally:
-            for module, key, buffer, values in buffers:  # running statistics and the like
-                module._buffers[key] = buffer.copy_(values)
+        with _spare_buffers(root), torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
+            torch.manual_seed(0)
+            return [tensor.clone() for tensor in _tensors(run())]
 
     with ExitStack() as watching:
         spies = [watching.enter_context(_watched(site, name)) for site in where]
@@ -141,15 +130,37 @@ def _watched(site: Site, name: str) -> Iterator[_Spy]:
 @contextmanager
 def _noise(update: Update) -> Iterator[None]:
     """Standard normal noise in all the update's tensors; the values from before after it."""
-    values = [parameter.clone() for parameter in update.parameters()]
     generator = torch.Generator().manual_seed(0)
+    with ExitStack() as swapped:
+        for module in update.modules():
+            noise = {
+                name: nn.Parameter(torch.randn(p.shape, generator=generator).to(p), requires_grad=False)
+                for name, p in module._parameters.items()
+                if p is not None
+            }
+            swapped.enter_context(_swapped(module._parameters, noise))
+        yield
+
+
+@contextmanager
+def _spare_buffers(root: nn.Module) -> Iterator[None]:
+    """Let the model write into copies of its buffers: running statistics and the like stay as they were."""
+    with ExitStack() as swapped:
+        for module in root.modules():
+            copies = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+            swapped.enter_context(_swapped(module._buffers, copies))
+        yield
+
+
+@contextmanager
+def _swapped(held: dict[str, Any], others: dict[str, Any]) -> Iterator[None]:
+    """Other values in a mapping for a while. Nothing is written into a tensor: autograd may still need it."""
+    before = {name: held[name] for name in others}
+    held.update(others)
     try:
-        for parameter in update.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
         yield
     finally:
-        for parameter, value in zip(update.parameters(), values, strict=True):
-            parameter.copy_(value)
+        held.update(before)
 
 
 @contextmanager

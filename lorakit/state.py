@@ -6,15 +6,31 @@ no parameter and no buffer, and goes when the last adapter goes.
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lorakit.errors import LorakitError
-from lorakit.layers import AdaptedWeight, Adapters, Kind, Selection, Update, adapters_of, install, uninstall
+from lorakit.layers import (
+    AdaptedWeight,
+    Adapters,
+    Kind,
+    Parameter,
+    Selection,
+    Update,
+    adapters_of,
+    check_changeable,
+    forget_compiled,
+    install,
+    uninstall,
+)
 from lorakit.variants import Variant
 
 _KEY = "_lorakit_state"
+_BARE: WeakSet[nn.Module] = WeakSet()  # models inside `merged(...)`, which are plain for a while
 
 
 @dataclass
@@ -26,8 +42,6 @@ class State:
     """Resident adapters by name, in the order in which they came."""
     frozen: tuple[str, ...] = ()
     """Names of the base's parameters that attaching froze; detaching unfreezes them."""
-    merged: bool = False
-    """Inside `merged(...)`: the layers are bare for a while."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +90,27 @@ def sites(model: nn.Module, name: str | None = None) -> list[Site]:
     return [site for site in found if name is None or name in site.adapted]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, not what `torch.compile` made of it."""
+    if not isinstance(model, nn.Module):
+        raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    return model._modules.get("_orig_mod") or model
+
+
 def find_root(model: nn.Module) -> nn.Module | None:
     """The module that holds the state: the one given to `attach`; None if the model has no adapter.
 
     That is the model itself, or the one inside a wrapper such as `DistributedDataParallel`.
     """
-    if not isinstance(model, nn.Module):
-        raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    model = unwrapped(model)
     if _KEY in vars(model):
         return model
-    holders = {id(module): (path, module) for path, module in layers_of(model) if _KEY in vars(module)}
+    holders: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in layers_of(model):
+        if module in _BARE:
+            raise LorakitError("inside merged(...) the model is bare: leave the block first")
+        if _KEY in vars(module):
+            holders[id(module)] = path, module
     if len(holders) > 1:
         parts = ", ".join(repr(path) for path, _ in holders.values())
         raise LorakitError(
@@ -110,13 +135,11 @@ def state_of(root: nn.Module) -> State:
 
 
 def require(model: nn.Module, names: list[str] | None = None) -> tuple[nn.Module, State]:
-    """The module that holds the state, and the state, checked to have these adapters and not to be merged."""
+    """The module that holds the state, and the state, checked to have these adapters."""
     root = find_root(model)
     if root is None:
         raise LorakitError(f"this {type(model).__name__} has no adapter: attach or load one first")
     state = state_of(root)
-    if state.merged:
-        raise LorakitError("inside merged(...) the model is bare: leave the block first")
     unknown = [name for name in names or [] if name not in state.variants]
     if unknown:
         raise LorakitError(
@@ -134,15 +157,17 @@ def one_name(state: State, name: str | None) -> str:
     return next(iter(state.variants))
 
 
-def check_new_name(model: nn.Module, name: str) -> None:
-    """A name that can be taken: not yet resident, and safe as a key of a state dict and as a file's name."""
+def check_addition(model: nn.Module, name: str) -> None:
+    """Whether an adapter of this name can be added: not yet resident, and safe as a key of a state dict."""
+    if isinstance(unwrapped(model), DistributedDataParallel):
+        raise LorakitError("add adapters before DistributedDataParallel: it would not know of their gradients")
     if not isinstance(name, str) or not name:
         raise LorakitError(f"an adapter's name must be a non-empty string, not {name!r}")
     if re.search(r"[/\\.\s\x00-\x1f]", name):
         raise LorakitError(
             f"adapter name {name!r}: a name may not hold a path separator, a dot or a space; use '-' or '_'"
         )
-    if hasattr(AdaptedWeight, name) or name in ("kind", "selection", "training"):
+    if hasattr(AdaptedWeight(Parameter("weight"), Selection()), name):
         raise LorakitError(f"adapter name {name!r} is taken by torch.nn.Module; choose another")
     if find_root(model) is not None and name in require(model)[1].variants:
         raise LorakitError(
@@ -161,8 +186,10 @@ class Addition:
 
 def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition], *, trainable: bool) -> None:
     """Install a new adapter and make it the only one that acts; the base, and adapters before it, are frozen."""
-    root = find_root(model) or model
-    fresh = root is model and _KEY not in vars(model)
+    root = find_root(model) or unwrapped(model)
+    for addition in additions:
+        check_changeable(addition.layer)
+    fresh = _KEY not in vars(root)
     if fresh:
         vars(root)[_KEY] = State(frozen=tuple(n for n, p in root.named_parameters() if p.requires_grad))
     state = state_of(root)
@@ -174,6 +201,7 @@ def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition]
         for addition in additions:
             _add_one(addition, name, state.selection, trainable)
         state.selection.active = ((name, 1.0),)
+        forget_compiled()
     except BaseException:
         state.selection.active = selected
         drop(root, state, name)
@@ -193,6 +221,8 @@ def _add_one(addition: Addition, name: str, selection: Selection, trainable: boo
 def drop(root: nn.Module, state: State, name: str) -> None:
     """Take one adapter away; with the last one everything goes."""
     for site in sites(root, name):
+        check_changeable(site.layer)
+    for site in sites(root, name):
         adapters = uninstall(site.layer)
         assert adapters is not None
         del site.adapted._modules[name]
@@ -202,8 +232,38 @@ def drop(root: nn.Module, state: State, name: str) -> None:
             install(site.layer, adapters)
     state.variants.pop(name, None)
     state.selection.active = tuple(chosen for chosen in state.selection.active if chosen[0] != name)
+    forget_compiled()
     if not state.variants:
         forget(root, state)
+
+
+def drop_all(root: nn.Module, state: State) -> None:
+    """Take every adapter away, or none if a layer forbids it."""
+    for site in sites(root):
+        check_changeable(site.layer)
+    for name in list(state.variants):
+        drop(root, state, name)
+
+
+@contextmanager
+def bare(root: nn.Module) -> Iterator[None]:
+    """The model without its adapters inside a `with` block: hooks, classes, children and state are put aside."""
+    layers = {id(site.layer): site.layer for site in sites(root)}.values()
+    for layer in layers:
+        check_changeable(layer)
+    state = vars(root).pop(_KEY)
+    taken = [(layer, uninstall(layer)) for layer in layers]
+    _BARE.add(root)
+    forget_compiled()
+    try:
+        yield
+    finally:
+        _BARE.discard(root)
+        for layer, adapters in taken:
+            assert adapters is not None
+            install(layer, adapters.train(layer.training))
+        vars(root)[_KEY] = state
+        forget_compiled()
 
 
 def forget(root: nn.Module, state: State) -> None:

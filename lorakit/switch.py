@@ -1,6 +1,5 @@
 """Which adapters act: a single write, whatever the size of the model and the number of adapters."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from lorakit.errors import LorakitError
 from lorakit.state import State, require
+from lorakit.variants.checks import is_finite_number
 
 Choice = str | Sequence[str] | Mapping[str, float]
 
@@ -69,6 +69,6 @@ def strengths_of(choice: Choice) -> dict[str, float]:
     if len(strengths) != len(choice):
         raise LorakitError(f"{choice!r} names an adapter twice")
     for name, strength in strengths.items():
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        if not is_finite_number(strength):
             raise LorakitError(f"the strength of {name!r} must be a finite number, not {strength!r}")
     return {name: float(strength) for name, strength in strengths.items()}

@@ -250,6 +250,12 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
         )
     called = isinstance(kind, CalledKind) and mode != "weight"
     _check_weight(module, kind, names[0])
+    settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
+    if not called and not settled:
+        raise LorakitError(
+            f"cannot adapt {join(names[0], kind.parameter)!r} in the weight: it is no parameter, something sets it "
+            "before each call (an old weight_norm, say); use torch.nn.utils.parametrizations instead"
+        )
     return Place(names, module, kind, "beside" if called else "weight", index.tied(module, kind.parameter))
 
 

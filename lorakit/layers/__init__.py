@@ -1,7 +1,7 @@
 """Where an update sits: one small file per kind of layer. Nothing here knows what is trained."""
 
 from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Update
-from lorakit.layers.install import adapters_of, base_weight, install, uninstall
+from lorakit.layers.install import adapters_of, base_weight, check_changeable, forget_compiled, install, uninstall
 from lorakit.layers.kind import CalledKind, Kind, accumulation_dtype, kind_of
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
@@ -19,6 +19,8 @@ __all__ = [
     "accumulation_dtype",
     "adapters_of",
     "base_weight",
+    "check_changeable",
+    "forget_compiled",
     "install",
     "kind_of",
     "uninstall",

@@ -7,9 +7,11 @@ storage of `state_dict()` and `named_parameters()` do not change, a base checkpo
 pickles, and RNNs, which keep a list of their weights, are covered.
 """
 
+import sys
 from functools import cache, partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
@@ -34,17 +36,27 @@ def install(layer: nn.Module, adapters: Adapters) -> None:
         layer.__class__ = _reading_class(cast(Any, type(layer)), names)
 
 
+def check_changeable(layer: nn.Module) -> None:
+    """Whether adapters can be put on this layer and taken off.
+
+    Raises:
+        LorakitError: its class was changed after it was adapted in the weight.
+    """
+    cls = type(layer)
+    if hasattr(cls, "_read_by_lorakit") and "_read_by_lorakit" not in vars(cls):
+        raise LorakitError(
+            f"cannot change the adapters of a {cls.__name__}: its class was changed after attaching (by fully_shard, "
+            "say); do this before that"
+        )
+
+
 def uninstall(layer: nn.Module) -> Adapters | None:
     """Take everything off the layer and hand it back; the layer is then as it came."""
+    check_changeable(layer)
     adapters = adapters_of(layer)
     if adapters is None:
         return None
     reading = "_read_by_lorakit" in vars(type(layer))
-    if hasattr(type(layer), "_read_by_lorakit") and not reading:
-        raise LorakitError(
-            f"cannot take an adapter off a {type(layer).__name__}: its class was changed after attaching "
-            "(by fully_shard, say); detach before that"
-        )
     for key in [key for key, hook in layer._forward_hooks.items() if hook is _beside]:
         del layer._forward_hooks[key]
         layer._forward_hooks_with_kwargs.pop(key, None)
@@ -54,6 +66,15 @@ def uninstall(layer: nn.Module) -> Adapters | None:
             layer._flat_weights = _flat_weights(layer)
     del layer._modules["lora"]
     return adapters
+
+
+def forget_compiled() -> None:
+    """To be called when hooks came or went: compiled code does not look for hooks again and would go on without.
+
+    It costs microseconds, and a new compilation of what is called next. Switching needs no such thing.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def base_weight(layer: nn.Module, parameter: str) -> Tensor:
@@ -90,7 +111,10 @@ def adapted_weight(weight: Tensor, adapted: AdaptedWeight) -> Tensor:
 def _read(layer: nn.Module, parameter: str) -> Tensor:
     """The getter of an adapted parameter."""
     try:
-        return adapted_weight(base_weight(layer, parameter), cast(Adapters, layer.lora)[parameter])
+        weight = base_weight(layer, parameter)
+        if type(weight) is not nn.Parameter and "_is_fsdp_managed_module" in vars(layer):
+            return weight  # a shard: between calls, FSDP2 itself looks here for it, and would shard what it finds
+        return adapted_weight(weight, cast(Adapters, layer.lora)[parameter])
     except AttributeError as error:
         # An AttributeError would send Python on to nn.Module.__getattr__, which finds the bare weight: silently wrong.
         raise RuntimeError(f"reading the adapted {parameter!r} failed: {error}") from error

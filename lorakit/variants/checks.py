@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 from lorakit.errors import LorakitError
 
@@ -10,6 +11,14 @@ def check_integer(name: str, value: object, at_least: int) -> None:
     """An int, not a bool, not below `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise LorakitError(f"{name}={value!r} must be an integer of at least {at_least}")
+
+
+def is_finite_number(value: object) -> bool:
+    """A real number (NumPy's count) that a float can hold; no bool."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def check_number(
@@ -21,9 +30,8 @@ def check_number(
         for word, bound in (("above", above), ("at least", at_least), ("below", below))
         if bound is not None
     ]
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if (
-        not ok
+        not is_finite_number(value)
         or (above is not None and not value > above)  # type: ignore[operator]
         or (at_least is not None and not value >= at_least)  # type: ignore[operator]
         or (below is not None and not value < below)  # type: ignore[operator]

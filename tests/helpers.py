@@ -1,0 +1,172 @@
+"""What the tests share: outputs, factors, the dense formula, and a full picture of a model."""
+
+import copy
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakit as lk
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""{name of the weight: (A, B)}"""
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The model's output; its first tensor if there are several."""
+    output = model(*inputs)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+REGIMES = ("train", "eval", "inference")
+
+
+def run_everywhere(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The outputs in train mode, in eval mode, and in eval mode without gradients, where torch has fused paths."""
+    training = model.training
+    outputs = {}
+    for regime in REGIMES:
+        with torch.set_grad_enabled(regime != "inference"):
+            outputs[regime] = run(model.train(regime == "train"), inputs).detach()
+    model.train(training)
+    return outputs
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, name: str | None = None, seed: int = 1, std: float = 0.3) -> None:
+    """Noise in all trained tensors, the same for the same seed: as if the adapter had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lk.adapter_parameters(model, name):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def attached(model: nn.Module, variant: Any = None, *, seed: int = 1, **how: Any) -> nn.Module:
+    """The model, with an adapter that does something."""
+    lk.attach(model, variant or lk.LoRA(rank=2), **how)
+    randomize(model, how.get("name", "default"), seed)
+    return model
+
+
+def factor_key(weight: str, name: str, tensor: str) -> str:
+    """The state-dict key of A or B of one adapted weight."""
+    layer, _, parameter = weight.rpartition(".")
+    return f"{layer}.lora.{parameter}.{name}.{tensor}".removeprefix(".")
+
+
+def factors_of(model: nn.Module, name: str = "default") -> Factors:
+    """Copies of A and B of every adapted weight."""
+    state = model.state_dict()
+    return {
+        weight: (state[factor_key(weight, name, "A")].clone(), state[factor_key(weight, name, "B")].clone())
+        for weight in lk.adapters(model)[name].weights
+    }
+
+
+def scale_of(variant: lk.LoRA) -> float:
+    """The factor before B·A, from the papers: alpha/r, and alpha/√r for rsLoRA."""
+    assert variant.alpha is not None
+    return variant.alpha / (math.sqrt(variant.rank) if variant.scaling == "rslora" else variant.rank)
+
+
+def dense(plain: nn.Module, updates: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a plain model in which each named weight W is a plain tensor W + update: the formula itself."""
+    model = copy.deepcopy(plain)
+    weights = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in updates}
+    for name, (layer, parameter) in weights.items():
+        weight = layer._parameters.pop(parameter)
+        assert weight is not None
+        wide = weight.detach().to(torch.promote_types(weight.dtype, updates[name].dtype))
+        setattr(layer, parameter, (wide + updates[name].view(weight.shape)).to(weight.dtype))
+    return model
+
+
+def dense_lora(plain: nn.Module, factors: Factors, scale: float) -> nn.Module:
+    """`dense` for scale·B·A, differentiable in A and B."""
+    return dense(plain, {name: scale * (B @ A) for name, (A, B) in factors.items()})
+
+
+def assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:
+    """Equal to the precision of the dtype, measured against the largest value."""
+    assert got.shape == wanted.shape
+    if not wanted.numel():
+        return
+    limit = factor * TOLERANCE[dtype or wanted.dtype] * max(1.0, wanted.abs().max().item())
+    error = (got.double() - wanted.double()).abs().max().item()
+    assert error <= limit, f"{error} > {limit}"
+
+
+def assert_bits(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """The same keys in the same order, and the same values to the bit."""
+    assert list(got) == list(wanted)
+    for key in wanted:
+        assert got[key].dtype == wanted[key].dtype and got[key].shape == wanted[key].shape, key
+        assert torch.equal(_bytes(got[key]), _bytes(wanted[key])), key
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that later changes cannot reach."""
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def storage(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Where each tensor lies in memory."""
+    return {key: tensor.data_ptr() for key, tensor in tensors.items()}
+
+
+def picture(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    """All there is to a model: classes, every attribute of every module, and the values of all tensors.
+
+    Two pictures are compared with `assert_same`.
+    """
+    anatomy = {
+        path: (type(module), {key: _still(value) for key, value in vars(module).items()})
+        for path, module in model.named_modules(remove_duplicate=False)
+    }
+    return anatomy, clones(model.state_dict())
+
+
+def _still(value: Any) -> Any:
+    """A value that can be compared later, even if the object has changed by then."""
+    if isinstance(value, weakref.ref):
+        return weakref.ref  # a cache of torch's RNNs, which they check and renew at every call
+    if isinstance(value, MethodType):
+        return value.__func__, id(value.__self__)
+    if isinstance(value, nn.Parameter):
+        return id(value), value.requires_grad, value.data_ptr()
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), {field.name: _still(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return [(key, _still(entry)) for key, entry in value.items()]
+    if isinstance(value, list | tuple):
+        return [_still(entry) for entry in value]
+    return value if isinstance(value, str | int | float | bool | None) else id(value)
+
+
+def assert_same(after: tuple[Any, dict[str, Tensor]], before: tuple[Any, dict[str, Tensor]]) -> None:
+    """Nothing was left and nothing was taken: the two pictures are of the same model in the same state."""
+    assert after[0] == before[0]
+    assert_bits(after[1], before[1])
+
+
+@contextmanager
+def refused(model: nn.Module, *words: str) -> Iterator[None]:
+    """The block raises a LorakitError that holds all these words, and the model is as it was."""
+    before = picture(model)
+    with pytest.raises(lk.LorakitError) as caught:
+        yield
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    assert_same(picture(model), before)

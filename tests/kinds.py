@@ -1,0 +1,170 @@
+"""The one place where kinds of layers and variants are listed: every law runs over all of them.
+
+A new kind of layer is one more `Case`, a new variant one more entry of `VARIANTS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit import LoRA
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model and the weights to adapt in it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    targets: Any = "all-linear"
+    mode: Any = "auto"
+    leaves_fused_path: bool = False
+    """A hook makes torch leave its fused inference path: equal to precision there, not to the bit."""
+    compiles: bool = True
+    """Whether torch.compile takes the bare model in one graph."""
+    functional: bool = True
+    """Whether torch.func.functional_call leaves the bare model as it was: it does not restore a shared module."""
+    batches: bool = True
+    """Whether torch.func.vmap takes the bare model."""
+
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """The model and its inputs, the same for the same seed."""
+        torch.manual_seed(seed)
+        model = self.make().to(dtype)
+        return model, tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs())
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of `attach` that choose the weights."""
+        return {"targets": self.targets, "mode": self.mode}
+
+
+class Block(nn.Module):
+    """A residual block: norm, buffer, two projections, inputs of three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 7)
+        self.down = nn.Linear(7, 6)
+        self.register_buffer("shift", torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x) + self.shift)))
+
+
+class Reader(nn.Module):
+    """Reads its own parameter; no layer of its own is called with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 6))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.table).relu())
+
+
+class Experts(nn.Module):
+    """One weight of three axes: (expert, in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->beo", x, self.weight)
+
+
+class SelfAttention(nn.Module):
+    """`nn.MultiheadAttention`, whose fused function is handed both of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Tied(nn.Module):
+    """An output layer that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def mlp() -> nn.Sequential:
+    """The smallest model that most single tests use: inputs (…, 6), outputs (…, 4)."""
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def shared() -> nn.Sequential:
+    """One linear layer under two names."""
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def encoder() -> nn.Module:
+    """A layer that has a fused inference path."""
+    return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+
+def floats(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    """One input of normal noise."""
+    return lambda: (torch.randn(shape),)
+
+
+def tokens(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    """One input of indices below 7."""
+    return lambda: (torch.randint(0, 7, shape),)
+
+
+CASES = [
+    Case("linear", mlp, floats(3, 6)),
+    Case("linear-weight", mlp, floats(3, 6), mode="weight"),
+    Case("linear-3d-input", Block, floats(2, 3, 6), ["up", "down"]),
+    Case("linear-3d-input-weight", Block, floats(2, 3, 6), ["up", "down"], mode="weight"),
+    Case("linear-no-bias", lambda: nn.Sequential(nn.Linear(6, 5, bias=False)), floats(3, 6), "0"),
+    Case("root-linear", lambda: nn.Linear(6, 5), floats(3, 6)),
+    Case("root-parameter", lambda: nn.Linear(6, 5), floats(3, 6), "weight"),
+    Case("shared-linear", shared, floats(3, 6), functional=False),
+    Case("tied-head", Tied, tokens(2, 3), "head"),
+    Case("parameter", Reader, floats(3, 6), "table"),
+    Case("parameter-3d", Experts, floats(3, 6), "weight"),
+    Case("embedding", lambda: nn.Sequential(nn.Embedding(7, 6)), tokens(2, 3), "0.weight"),
+    Case("conv2d", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), floats(2, 3, 5, 5), "0.weight"),
+    Case("attention-in", SelfAttention, floats(2, 3, 8), "attention.in_proj_weight"),
+    Case("attention-out", SelfAttention, floats(2, 3, 8)),
+    Case("encoder", encoder, floats(2, 3, 8), ["linear1", "linear2"], leaves_fused_path=True),
+    Case("encoder-weight", encoder, floats(2, 3, 8), ["linear1", "linear2"], mode="weight"),
+    Case(
+        "lstm", lambda: nn.LSTM(6, 5), floats(4, 2, 6), ["weight_ih_l0", "weight_hh_l0"], compiles=False, batches=False
+    ),
+    Case("gru-cell", lambda: nn.GRUCell(6, 5), floats(3, 6), "weight_ih"),
+]
+
+VARIANTS = {
+    "lora": LoRA(rank=2),
+    "alpha": LoRA(rank=2, alpha=5),
+    "rslora": LoRA(rank=3, alpha=4, scaling="rslora"),
+    "gaussian": LoRA(rank=1, init="gaussian", std=0.2),
+}
+
+over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+over_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
+)

@@ -1,0 +1,237 @@
+"""PEFT as an oracle: the same factors give the same outputs and gradients, and files go both ways."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from helpers import attached, randomize, refused
+from kinds import mlp
+from torch import nn
+
+import lorakit as lk
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+
+# Their own, of each other and of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 31,
+    "max_position_embeddings": 32,
+}
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=1))
+
+
+def neox() -> nn.Module:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL))
+
+
+def bert() -> nn.Module:
+    return transformers.BertModel(transformers.BertConfig(**SMALL))
+
+
+MODELS = {
+    "mlp": (mlp, ["0", "2"]),
+    "llama": (llama, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
+    "neox": (neox, ["query_key_value", "dense", "dense_h_to_4h"]),
+    "bert": (bert, ["query", "value"]),
+}
+SPECS = {
+    "standard": lk.LoRA(rank=2, alpha=5),
+    "rslora": lk.LoRA(rank=3, alpha=4, scaling="rslora"),
+    "gaussian": lk.LoRA(rank=2, init="gaussian"),
+}
+over_models = pytest.mark.parametrize("kind", MODELS)
+over_specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def build(kind: str) -> tuple[nn.Module, torch.Tensor, list[str]]:
+    """A model of random weights, an input for it, and the layers to adapt."""
+    make, targets = MODELS[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    return model, torch.randn(3, 6) if kind == "mlp" else torch.randint(0, 31, (2, 5)), targets
+
+
+def out(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output = model(x)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def by_peft(base: nn.Module, targets, spec: lk.LoRA | None = None, **more):
+    """A PEFT model on a copy of the base, with noise in its factors."""
+    spec = spec or lk.LoRA(rank=3)
+    config = {"r": spec.rank, "lora_alpha": spec.alpha, "use_rslora": spec.scaling == "rslora", **more}
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, **config)).eval()
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
+
+
+def assert_near(got: torch.Tensor, wanted: torch.Tensor, limit: float = 1e-6) -> None:
+    assert (got - wanted).abs().max().item() <= limit * max(1.0, wanted.abs().max().item())
+
+
+@over_specs
+@over_models
+def test_the_same_factors_give_peft_s_outputs_and_gradients(kind, spec):
+    base, x, targets = build(kind)
+    theirs = by_peft(base, targets, spec)
+    lk.attach(base, spec, targets)
+    pairs = []
+    for key, ours in lk.adapter_state_dict(base).items():
+        peer = theirs.get_parameter(key.replace(".weight", ".default.weight"))
+        assert peer.shape == ours.shape
+        with torch.no_grad():
+            ours.copy_(peer)
+        pairs.append(peer)
+    assert len(pairs) == sum("lora_" in name for name, _ in theirs.named_parameters())
+    y, wanted = out(base, x), out(theirs, x)
+    assert_near(y, wanted)
+    y.square().mean().backward()
+    wanted.square().mean().backward()
+    for ours, peer in zip(lk.adapter_parameters(base), pairs, strict=True):
+        assert_near(ours.grad, peer.grad)
+
+
+@over_specs
+@over_models
+def test_peft_loads_what_is_saved_here(kind, spec, tmp_path):
+    base, x, targets = build(kind)
+    model = copy.deepcopy(base)
+    lk.attach(model, spec, targets)
+    randomize(model)
+    lk.save(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    assert_near(out(theirs, x), out(model, x))
+    report = theirs.get_model_status()
+    assert report.num_adapter_layers == len(lk.adapters(model)["default"].weights)
+
+
+@over_specs
+@over_models
+def test_what_peft_saves_is_loaded_here(kind, spec, tmp_path):
+    base, x, targets = build(kind)
+    theirs = by_peft(base, targets, spec)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    lk.load(base, tmp_path / "adapter")
+    assert_near(out(base, x), out(theirs, x))
+    (adapter,) = lk.adapters(base).values()
+    assert (adapter.variant.rank, adapter.variant.scale) == (spec.rank, pytest.approx(spec.scale))
+    assert all(row.train == row.eval == "effective" for row in lk.probe(base, x).weights)
+
+
+def test_an_adapter_goes_there_and_back(tmp_path):
+    base, x, _ = build("mlp")
+    model = attached(copy.deepcopy(base), SPECS["rslora"])
+    lk.save(model, tmp_path / "ours")
+    peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).save_pretrained(str(tmp_path / "peft"))
+    lk.load(base, tmp_path / "peft")
+    assert torch.equal(base(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_in_half_precision_acts_as_it_does_in_peft(dtype, tmp_path):
+    base, x, targets = build("mlp")
+    by_peft(base, targets).to(dtype).save_pretrained(str(tmp_path / "adapter"))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter"))
+    lk.load(base, tmp_path / "adapter")
+    assert_near(base(x), theirs(x))
+
+
+def test_merging_gives_peft_s_weights():
+    base, _, targets = build("mlp")
+    theirs = by_peft(base, targets, SPECS["standard"])
+    lk.attach(base, SPECS["standard"])
+    for key, ours in lk.adapter_state_dict(base).items():
+        ours.copy_(theirs.get_parameter(key.replace(".weight", ".default.weight")).detach())
+    lk.merge(base)
+    plain = theirs.merge_and_unload()
+    for name, weight in plain.state_dict().items():
+        assert_near(base.state_dict()[name], weight)
+
+
+UNREAD = {
+    "dora": {"use_dora": True},
+    "modules-to-save": {"target_modules": ["0"], "modules_to_save": ["2"]},
+    "rank-pattern": {"rank_pattern": {"0": 2}},
+    "alpha-pattern": {"alpha_pattern": {"0": 2}},
+    "bias": {"bias": "lora_only"},
+    "target-parameters": {"target_modules": [], "target_parameters": ["0.weight"]},
+}
+
+
+@pytest.mark.parametrize("feature", UNREAD)
+def test_what_cannot_be_read_is_refused_by_its_field(feature, tmp_path):
+    base, _, targets = build("mlp")
+    arguments = {"target_modules": targets, "r": 2, **UNREAD[feature]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**arguments)).save_pretrained(str(tmp_path / "a"))
+    with refused(base, list(UNREAD[feature])[-1]):
+        lk.load(base, tmp_path / "a")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_refused_or_acts_as_in_peft(init, tmp_path):
+    base, x, targets = build("mlp")
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=init)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1
+    wanted = theirs(x)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    try:
+        lk.load(base, tmp_path / "adapter")
+    except lk.LorakitError as error:
+        assert "init_lora_weights" in str(error)
+        return
+    assert_near(base(x), wanted, 1e-5)
+
+
+def test_other_methods_and_other_layers_are_refused(tmp_path):
+    base, _, _ = build("mlp")
+    ia3 = peft.IA3Config(target_modules=["0"], feedforward_modules=["0"])
+    peft.get_peft_model(copy.deepcopy(base), ia3).save_pretrained(str(tmp_path / "ia3"))
+    with refused(base, "IA3"):
+        lk.load(base, tmp_path / "ia3")
+    words = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 4))
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"])
+    peft.get_peft_model(copy.deepcopy(words), config).save_pretrained(str(tmp_path / "embedding"))
+    with refused(words, "lora_embedding_A"):
+        lk.load(words, tmp_path / "embedding")
+
+
+def test_a_config_without_a_scale_is_refused(tmp_path):
+    base, _, targets = build("mlp")
+    by_peft(base, targets).save_pretrained(str(tmp_path / "adapter"))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for change, word in [({"lora_alpha": "?"}, "alpha"), ({"r": 0}, "rank"), ({"r": 5}, "(5, 6)")]:
+        path.write_text(json.dumps({**config, **change}))
+        with refused(base, word):
+            lk.load(base, path.parent)
+    del config["lora_alpha"]
+    path.write_text(json.dumps(config))
+    with refused(base, "lora_alpha"):
+        lk.load(base, path.parent)
