@@ -4,8 +4,9 @@ import warnings
 
 from torch import nn
 
+from lorakit.change import Addition, add, drop, drop_all
 from lorakit.plan import Plan, draw_up
-from lorakit.state import Addition, add, drop, drop_all, require
+from lorakit.state import require
 from lorakit.targets import RequestedMode, Targets
 from lorakit.variants import Variant
 

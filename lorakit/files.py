@@ -13,6 +13,7 @@ from typing import Literal
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
 from lorakit.header import (
@@ -26,7 +27,7 @@ from lorakit.header import (
 )
 from lorakit.loading import build_additions
 from lorakit.plan import Plan
-from lorakit.state import add, check_addition, find_root, one_name, require, sites, unwrapped
+from lorakit.state import check_addition, one_name, require, root_of, sites
 from lorakit.storage import read_json_object, read_tensors, write_whole
 
 Verify = Literal["sample", "off"]
@@ -97,7 +98,8 @@ def load(
 ) -> Plan:
     """Add an adapter from a file that `save` wrote, or from a PEFT directory of LoRA on linear layers.
 
-    As with `attach`, the base is frozen and the new adapter becomes the only active one.
+    As with `attach`, the base is frozen and the new adapter becomes the only active one. Which of the others train
+    does not change, unless this one is to train.
 
     Args:
         model: the base the adapter was trained on.
@@ -120,7 +122,7 @@ def load(
     header, tensors = _read(path)
     name = header.name if name is None else name
     check_addition(model, name)
-    root = find_root(model) or unwrapped(model)
+    root = root_of(model)
     plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
     add(root, name, header.variant, additions, trainable=trainable)
     return plan

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lorakit.change import Addition
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry
 from lorakit.layers import accumulation_dtype
 from lorakit.plan import Plan, plan_of
-from lorakit.state import Addition
 from lorakit.targets import Index, Place, place_of
 
 

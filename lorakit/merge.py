@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.change import bare, drop_all
 from lorakit.errors import LorakitError
 from lorakit.layers import accumulation_dtype, base_weight
-from lorakit.state import Site, State, bare, drop_all, layers_of, require, sites
+from lorakit.state import Site, State, layers_of, require, sites
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import table
 

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
 from lorakit.layers import Adapters
-from lorakit.state import check_addition, find_root, unwrapped
+from lorakit.state import check_addition, root_of
 from lorakit.tables import shape, table
 from lorakit.targets import Place, RequestedMode, Targets, resolve
 from lorakit.variants import Variant
@@ -96,7 +96,7 @@ def draw_up(
     if not isinstance(variant, Variant):
         raise LorakitError(f"the second argument must be a variant such as LoRA(rank=8), not {variant!r}")
     check_addition(model, name)
-    root = find_root(model) or unwrapped(model)
+    root = root_of(model)
     if _count(root) != _count(model):
         raise LorakitError(
             f"adapters were attached to a part of this {type(model).__name__}: attach to that part, or detach it first"

@@ -6,7 +6,6 @@ no parameter and no buffer, and goes when the last adapter goes.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
@@ -14,23 +13,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorakit.errors import LorakitError
-from lorakit.layers import (
-    AdaptedWeight,
-    Adapters,
-    Kind,
-    Parameter,
-    Selection,
-    Update,
-    adapters_of,
-    check_changeable,
-    forget_compiled,
-    install,
-    uninstall,
-)
+from lorakit.layers import AdaptedWeight, Adapters, Parameter, Selection, adapters_of
 from lorakit.variants import Variant
 
-_KEY = "_lorakit_state"
-_BARE: WeakSet[nn.Module] = WeakSet()  # models inside `merged(...)`, which are plain for a while
+KEY = "_lorakit_state"
+"""Where the state lies in the `__dict__` of the model given to `attach`."""
+BARE: WeakSet[nn.Module] = WeakSet()
+"""Models inside `merged(...)`, which are plain for a while."""
 
 
 @dataclass
@@ -94,7 +83,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, not what `torch.compile` made of it."""
     if not isinstance(model, nn.Module):
         raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
-    return model._modules.get("_orig_mod") or model
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def find_root(model: nn.Module) -> nn.Module | None:
@@ -103,13 +93,13 @@ def find_root(model: nn.Module) -> nn.Module | None:
     That is the model itself, or the one inside a wrapper such as `DistributedDataParallel`.
     """
     model = unwrapped(model)
-    if _KEY in vars(model):
+    if KEY in vars(model):
         return model
     holders: dict[int, tuple[str, nn.Module]] = {}
     for path, module in layers_of(model):
-        if module in _BARE:
+        if module in BARE:
             raise LorakitError("inside merged(...) the model is bare: leave the block first")
-        if _KEY in vars(module):
+        if KEY in vars(module):
             holders[id(module)] = path, module
     if len(holders) > 1:
         parts = ", ".join(repr(path) for path, _ in holders.values())
@@ -127,9 +117,15 @@ def find_root(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def root_of(model: nn.Module) -> nn.Module:
+    """The module that holds the state, or that would."""
+    root = find_root(model)
+    return unwrapped(model) if root is None else root
+
+
 def state_of(root: nn.Module) -> State:
     """The state that lies in this very module."""
-    state = vars(root)[_KEY]
+    state = vars(root)[KEY]
     assert isinstance(state, State)
     return state
 
@@ -173,108 +169,3 @@ def check_addition(model: nn.Module, name: str) -> None:
         raise LorakitError(
             f"an adapter named {name!r} is already resident: choose another name, or remove that one first"
         )
-
-
-@dataclass(frozen=True)
-class Addition:
-    """An update that is built and waits to be installed."""
-
-    layer: nn.Module
-    kind: Kind
-    update: Update
-
-
-def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition], *, trainable: bool) -> None:
-    """Install a new adapter and make it the only one that acts; the base, and adapters before it, are frozen."""
-    root = find_root(model) or unwrapped(model)
-    for addition in additions:
-        check_changeable(addition.layer)
-    fresh = _KEY not in vars(root)
-    if fresh:
-        vars(root)[_KEY] = State(frozen=tuple(n for n, p in root.named_parameters() if p.requires_grad))
-    state = state_of(root)
-    state.variants[name] = variant
-    selected = state.selection.active
-    try:
-        for parameter in root.parameters() if fresh else _adapter_parameters(root):
-            parameter.requires_grad_(False)
-        for addition in additions:
-            _add_one(addition, name, state.selection, trainable)
-        state.selection.active = ((name, 1.0),)
-        forget_compiled()
-    except BaseException:
-        state.selection.active = selected
-        drop(root, state, name)
-        raise
-
-
-def _add_one(addition: Addition, name: str, selection: Selection, trainable: bool) -> None:
-    layer, parameter = addition.layer, addition.kind.parameter
-    adapters = adapters_of(layer) or Adapters()
-    if parameter not in adapters:
-        adapters.add_module(parameter, AdaptedWeight(addition.kind, selection))
-    adapters[parameter].add_module(name, addition.update.requires_grad_(trainable))
-    adapters.train(layer.training)
-    install(layer, adapters)
-
-
-def drop(root: nn.Module, state: State, name: str) -> None:
-    """Take one adapter away; with the last one everything goes."""
-    for site in sites(root, name):
-        check_changeable(site.layer)
-    for site in sites(root, name):
-        adapters = uninstall(site.layer)
-        assert adapters is not None
-        del site.adapted._modules[name]
-        if not len(site.adapted):
-            del adapters._modules[site.parameter]
-        if len(adapters):
-            install(site.layer, adapters)
-    state.variants.pop(name, None)
-    state.selection.active = tuple(chosen for chosen in state.selection.active if chosen[0] != name)
-    forget_compiled()
-    if not state.variants:
-        forget(root, state)
-
-
-def drop_all(root: nn.Module, state: State) -> None:
-    """Take every adapter away, or none if a layer forbids it."""
-    for site in sites(root):
-        check_changeable(site.layer)
-    for name in list(state.variants):
-        drop(root, state, name)
-
-
-@contextmanager
-def bare(root: nn.Module) -> Iterator[None]:
-    """The model without its adapters inside a `with` block: hooks, classes, children and state are put aside."""
-    layers = {id(site.layer): site.layer for site in sites(root)}.values()
-    for layer in layers:
-        check_changeable(layer)
-    state = vars(root).pop(_KEY)
-    taken = [(layer, uninstall(layer)) for layer in layers]
-    _BARE.add(root)
-    forget_compiled()
-    try:
-        yield
-    finally:
-        _BARE.discard(root)
-        for layer, adapters in taken:
-            assert adapters is not None
-            install(layer, adapters.train(layer.training))
-        vars(root)[_KEY] = state
-        forget_compiled()
-
-
-def forget(root: nn.Module, state: State) -> None:
-    """Unfreeze what attaching froze and remove the state."""
-    parameters = dict(root.named_parameters())
-    for name in state.frozen:
-        if name in parameters:
-            parameters[name].requires_grad_(True)
-    del vars(root)[_KEY]
-
-
-def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    for site in sites(model):
-        yield from site.adapted.parameters()

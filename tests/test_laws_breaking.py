@@ -190,10 +190,10 @@ def test_a_layer_whose_class_was_changed_is_refused_and_nothing_else_is_touched(
 
 @over_modes
 def test_an_error_half_way_through_attaching_is_undone(mode, monkeypatch):
-    from lorakit import state
+    from lorakit import change
 
     model = mlp()
-    install, calls = state.install, []
+    install, calls = change.install, []
 
     def failing(layer, adapters):
         calls.append(layer)
@@ -202,7 +202,7 @@ def test_an_error_half_way_through_attaching_is_undone(mode, monkeypatch):
         install(layer, adapters)
 
     before = picture(model)
-    monkeypatch.setattr(state, "install", failing)
+    monkeypatch.setattr(change, "install", failing)
     with pytest.raises(RuntimeError, match="half way"):
         lk.attach(model, lk.LoRA(rank=2), mode=mode)
     assert len(calls) >= 2

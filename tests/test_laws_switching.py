@@ -8,6 +8,7 @@ from helpers import (
     assert_bits,
     assert_close,
     assert_same,
+    attached,
     clones,
     dense,
     dense_lora,
@@ -247,3 +248,28 @@ def test_both_of_two_tied_weights_can_be_adapted_each_in_its_own_way():
     lk.detach(model)
     assert_same(picture(model), before)
     assert model.head.weight is model.embedding.weight
+
+
+def test_loading_leaves_the_adapter_in_training_alone(tmp_path):
+    model = attached(mlp(), name="a")
+    lk.save(model, tmp_path / "a")
+    lk.load(model, tmp_path / "a", name="b")
+    assert lk.adapters(model)["a"].trainable and not lk.adapters(model)["b"].trainable
+    lk.load(model, tmp_path / "a", name="c", trainable=True)
+    assert [adapter.trainable for adapter in lk.adapters(model).values()] == [False, False, True]
+
+
+def test_a_failure_leaves_what_trains_as_it_was(monkeypatch):
+    from lorakit import change
+
+    model = attached(mlp(), name="a")
+
+    def failing(layer, adapters):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(change, "install", failing)
+    with pytest.raises(RuntimeError, match="no"):
+        lk.attach(model, lk.LoRA(rank=2), targets="2", name="b")
+    monkeypatch.undo()
+    assert list(lk.adapters(model)) == ["a"]
+    assert lk.adapters(model)["a"].trainable and lk.adapters(model)["a"].strength == 1

@@ -1,0 +1,136 @@
+"""Every change of what a model carries: add an adapter, drop it, put all aside for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakit.layers import (
+    AdaptedWeight,
+    Adapters,
+    Kind,
+    Selection,
+    Update,
+    adapters_of,
+    check_changeable,
+    forget_compiled,
+    install,
+    uninstall,
+)
+from lorakit.state import BARE, KEY, State, root_of, sites, state_of
+from lorakit.variants import Variant
+
+
+@dataclass(frozen=True)
+class Addition:
+    """An update that is built and waits to be installed."""
+
+    layer: nn.Module
+    kind: Kind
+    update: Update
+
+
+def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition], *, trainable: bool) -> None:
+    """Install a new adapter and make it the only one that acts. The base is frozen.
+
+    If the new adapter is trainable, it becomes the only one that is.
+    """
+    root = root_of(model)
+    for addition in additions:
+        check_changeable(addition.layer)
+    fresh = KEY not in vars(root)
+    if fresh:
+        vars(root)[KEY] = State(frozen=tuple(n for n, p in root.named_parameters() if p.requires_grad))
+    state = state_of(root)
+    selected = state.selection.active
+    others = root.parameters() if fresh else _adapter_parameters(root) if trainable else ()
+    frozen = [parameter for parameter in others if parameter.requires_grad]
+    state.variants[name] = variant
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for addition in additions:
+            _add_one(addition, name, state.selection, trainable)
+        state.selection.active = ((name, 1.0),)
+        forget_compiled()
+    except BaseException:
+        state.selection.active = selected
+        drop(root, state, name)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        raise
+
+
+def _add_one(addition: Addition, name: str, selection: Selection, trainable: bool) -> None:
+    layer, parameter = addition.layer, addition.kind.parameter
+    adapters = adapters_of(layer)
+    if adapters is None:
+        adapters = Adapters()
+    if parameter not in adapters:
+        adapters.add_module(parameter, AdaptedWeight(addition.kind, selection))
+    adapters[parameter].add_module(name, addition.update.requires_grad_(trainable))
+    adapters.train(layer.training)
+    install(layer, adapters)
+
+
+def drop(root: nn.Module, state: State, name: str) -> None:
+    """Take one adapter away; with the last one everything goes."""
+    for site in sites(root, name):
+        check_changeable(site.layer)
+    for site in sites(root, name):
+        adapters = uninstall(site.layer)
+        assert adapters is not None
+        del site.adapted._modules[name]
+        if not len(site.adapted):
+            del adapters._modules[site.parameter]
+        if len(adapters):
+            install(site.layer, adapters)
+    state.variants.pop(name, None)
+    state.selection.active = tuple(chosen for chosen in state.selection.active if chosen[0] != name)
+    forget_compiled()
+    if not state.variants:
+        _forget(root, state)
+
+
+def drop_all(root: nn.Module, state: State) -> None:
+    """Take every adapter away, or none if a layer forbids it."""
+    for site in sites(root):
+        check_changeable(site.layer)
+    for name in list(state.variants):
+        drop(root, state, name)
+
+
+@contextmanager
+def bare(root: nn.Module) -> Iterator[None]:
+    """The model without its adapters inside a `with` block: hooks, classes, children and state are put aside."""
+    layers = {id(site.layer): site.layer for site in sites(root)}.values()
+    for layer in layers:
+        check_changeable(layer)
+    state = vars(root).pop(KEY)
+    taken = [(layer, uninstall(layer)) for layer in layers]
+    BARE.add(root)
+    forget_compiled()
+    try:
+        yield
+    finally:
+        BARE.discard(root)
+        for layer, adapters in taken:
+            assert adapters is not None
+            install(layer, adapters.train(layer.training))
+        vars(root)[KEY] = state
+        forget_compiled()
+
+
+def _forget(root: nn.Module, state: State) -> None:
+    """Unfreeze what attaching froze and remove the state."""
+    parameters = dict(root.named_parameters())
+    for name in state.frozen:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+    del vars(root)[KEY]
+
+
+def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for site in sites(model):
+        yield from site.adapted.parameters()
