@@ -141,6 +141,7 @@ def test_inside_merged_every_verb_is_refused(tmp_path):
     lk.save(model, tmp_path / "a")
     verbs = {
         "attach": lambda: lk.attach(model, lk.LoRA(rank=2), name="b"),
+        "attach-to-a-part": lambda: lk.attach(model[0], lk.LoRA(rank=2), name="b"),
         "plan": lambda: lk.plan(model, lk.LoRA(rank=2), name="b"),
         "load": lambda: lk.load(model, tmp_path / "a", name="b"),
         "save": lambda: lk.save(model, tmp_path / "b"),

@@ -262,10 +262,13 @@ def test_loading_leaves_the_adapter_in_training_alone(tmp_path):
 def test_a_failure_leaves_what_trains_as_it_was(monkeypatch):
     from lorakit import change
 
-    model = attached(mlp(), name="a")
+    model, install, calls = attached(mlp(), name="a"), change.install, []
 
     def failing(layer, adapters):
-        raise RuntimeError("no")
+        calls.append(layer)
+        if len(calls) == 1:
+            raise RuntimeError("no")
+        install(layer, adapters)
 
     monkeypatch.setattr(change, "install", failing)
     with pytest.raises(RuntimeError, match="no"):

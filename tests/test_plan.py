@@ -1,7 +1,9 @@
 """`plan` counts right, prints what it says, and changes nothing; hyper-parameters are checked where they are given."""
 
 import math
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from helpers import assert_same, picture, refused
@@ -125,6 +127,21 @@ def test_hyper_parameters_are_values():
     assert lk.LoRA(rank=8) != lk.LoRA(rank=8, alpha=16)
     with pytest.raises(AttributeError):
         lk.LoRA(rank=8).rank = 4
+
+
+@pytest.mark.parametrize("number", [numpy.float32(4), numpy.float64(4), numpy.int64(4), Fraction(4)], ids=repr)
+def test_a_number_of_any_sort_is_taken_whole_or_refused(number, tmp_path):
+    try:
+        lora = lk.LoRA(rank=2, alpha=number)
+    except lk.LorakitError:
+        return
+    assert lora == lk.LoRA(rank=2, alpha=4)
+    model = mlp()
+    lk.attach(model, lora)
+    lk.save(model, tmp_path / "adapter")
+    lk.detach(model)
+    lk.load(model, tmp_path / "adapter")
+    assert lk.adapters(model)["default"].variant == lora
 
 
 def test_dropout_in_the_weight_is_refused():
