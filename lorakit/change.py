@@ -14,7 +14,6 @@ from lorakit.layers import (
     Update,
     adapters_of,
     check_changeable,
-    forget_compiled,
     install,
     uninstall,
 )
@@ -53,7 +52,6 @@ def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition]
         for addition in additions:
             _add_one(addition, name, state.selection, trainable)
         state.selection.active = ((name, 1.0),)
-        forget_compiled()
     except BaseException:
         state.selection.active = selected
         drop(root, state, name)
@@ -88,7 +86,6 @@ def drop(root: nn.Module, state: State, name: str) -> None:
             install(site.layer, adapters)
     state.variants.pop(name, None)
     state.selection.active = tuple(chosen for chosen in state.selection.active if chosen[0] != name)
-    forget_compiled()
     if not state.variants:
         _forget(root, state)
 
@@ -109,17 +106,16 @@ def bare(root: nn.Module) -> Iterator[None]:
         check_changeable(layer)
     state = vars(root).pop(KEY)
     taken = [(layer, uninstall(layer)) for layer in layers]
-    BARE.add(root)
-    forget_compiled()
+    modules = list(root.modules())
+    BARE.update(modules)
     try:
         yield
     finally:
-        BARE.discard(root)
+        BARE.difference_update(modules)
         for layer, adapters in taken:
             assert adapters is not None
             install(layer, adapters.train(layer.training))
         vars(root)[KEY] = state
-        forget_compiled()
 
 
 def _forget(root: nn.Module, state: State) -> None:

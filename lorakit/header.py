@@ -139,21 +139,14 @@ def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
     return [key for key, value in header.variant.peft_fields().items() if config.get(key, value) != value]
 
 
-_UNREAD = (
-    "use_dora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "fan_in_fan_out",
-)
-
-
+# Fields of PEFT's config that do not change what the tensors mean: what is read here, where they came from, and where
+# they were put, which their keys say. Any other field that is set makes the file one that is not understood.
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias"),
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+}
 _KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 
@@ -165,7 +158,7 @@ def header_from_peft(config: Mapping[str, Any], keys: list[str], path: Path) -> 
     """
     if config.get("peft_type") != "LORA":
         raise LorakitError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be read")
-    unread = [f"{key}={config[key]!r}" for key in _UNREAD if config.get(key)]
+    unread = [f"{key}={value!r}" for key, value in config.items() if value and key not in _UNDERSTOOD]
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in _KEEPS_THE_BASE:
         unread.append(f"init_lora_weights={start!r}, which changes the base")

@@ -19,7 +19,7 @@ from lorakit.variants import Variant
 KEY = "_lorakit_state"
 """Where the state lies in the `__dict__` of the model given to `attach`."""
 BARE: WeakSet[nn.Module] = WeakSet()
-"""Models inside `merged(...)`, which are plain for a while."""
+"""The modules of models inside `merged(...)`, which are plain for a while."""
 
 
 @dataclass

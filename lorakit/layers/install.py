@@ -7,16 +7,22 @@ storage of `state_dict()` and `named_parameters()` do not change, a base checkpo
 pickles, and RNNs, which keep a list of their weights, are covered.
 """
 
-import sys
 from functools import cache, partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Adapters
 from lorakit.layers.kind import accumulation_dtype
+
+
+class _Hooked(dict[str, Any]):
+    """The parameters of a layer that has our hook.
+
+    Code that `torch.compile` made before the hook came would go on without it: compiled code checks no hooks. But it
+    does check the type of this mapping, and so it is left when the hook comes or goes, and taken up again later.
+    """
 
 
 def adapters_of(layer: nn.Module) -> Adapters | None:
@@ -31,6 +37,8 @@ def install(layer: nn.Module, adapters: Adapters) -> None:
     layer.add_module("lora", adapters)
     if any(adapters[parameter].holds("beside") for parameter in adapters):
         layer.register_forward_hook(_beside, prepend=True, with_kwargs=True)
+        if type(layer._parameters) is dict:
+            layer._parameters = _Hooked(layer._parameters)
     names = tuple(sorted(parameter for parameter in adapters if adapters[parameter].holds("weight")))
     if names:
         layer.__class__ = _reading_class(cast(Any, type(layer)), names)
@@ -60,21 +68,14 @@ def uninstall(layer: nn.Module) -> Adapters | None:
     for key in [key for key, hook in layer._forward_hooks.items() if hook is _beside]:
         del layer._forward_hooks[key]
         layer._forward_hooks_with_kwargs.pop(key, None)
+    if isinstance(layer._parameters, _Hooked):
+        layer._parameters = dict(layer._parameters)
     if reading:
         layer.__class__ = type(layer).__bases__[0]
         if isinstance(layer, nn.RNNBase):
             layer._flat_weights = _flat_weights(layer)
     del layer._modules["lora"]
     return adapters
-
-
-def forget_compiled() -> None:
-    """To be called when hooks came or went: compiled code does not look for hooks again and would go on without.
-
-    It costs microseconds, and a new compilation of what is called next. Switching needs no such thing.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def base_weight(layer: nn.Module, parameter: str) -> Tensor:

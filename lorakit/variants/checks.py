@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 from lorakit.errors import LorakitError
 
 
-def check_integer(name: str, value: object, at_least: int) -> None:
-    """An int, not a bool, not below `at_least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+def checked_integer(name: str, value: object, at_least: int) -> int:
+    """An integer (NumPy's count, a bool does not), not below `at_least`, as Python's own int."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
         raise LorakitError(f"{name}={value!r} must be an integer of at least {at_least}")
+    return int(value)
 
 
 def is_finite_number(value: object) -> bool:
@@ -21,22 +22,24 @@ def is_finite_number(value: object) -> bool:
         return False
 
 
-def check_number(
+def checked_number(
     name: str, value: object, above: float | None = None, at_least: float | None = None, below: float | None = None
-) -> None:
-    """A finite number within the bounds given."""
+) -> float:
+    """A finite number within the bounds given, as Python's own int or float."""
     bounds = [
         f"{word} {bound:g}"
         for word, bound in (("above", above), ("at least", at_least), ("below", below))
         if bound is not None
     ]
-    if (
-        not is_finite_number(value)
-        or (above is not None and not value > above)  # type: ignore[operator]
-        or (at_least is not None and not value >= at_least)  # type: ignore[operator]
-        or (below is not None and not value < below)  # type: ignore[operator]
+    number = float(value) if is_finite_number(value) else math.nan  # type: ignore[arg-type]
+    if not (
+        math.isfinite(number)
+        and (above is None or number > above)
+        and (at_least is None or number >= at_least)
+        and (below is None or number < below)
     ):
         raise LorakitError(f"{name}={value!r} must be a finite number {' and '.join(bounds)}")
+    return int(value) if isinstance(value, Integral) else number
 
 
 def check_one_of(name: str, value: object, choices: Sequence[str]) -> None:

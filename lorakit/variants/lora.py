@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
 from lorakit.layers import CalledKind, Kind, Mode, Parameter, Update, accumulation_dtype
-from lorakit.variants.checks import check_integer, check_number, check_one_of
+from lorakit.variants.checks import check_one_of, checked_integer, checked_number
 from lorakit.variants.variant import Variant
 
 
@@ -45,17 +45,16 @@ class LoRA(Variant):
     file_names: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
     def __post_init__(self) -> None:
-        check_integer("rank", self.rank, at_least=1)
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", self.rank)
-        check_number("alpha", self.alpha, above=0)
-        check_number("dropout", self.dropout, at_least=0, below=1)
+        rank = checked_integer("rank", self.rank, at_least=1)
+        alpha = rank if self.alpha is None else checked_number("alpha", self.alpha, above=0)
+        dropout = checked_number("dropout", self.dropout, at_least=0, below=1)
+        std = None if self.std is None else checked_number("std", self.std, above=0)
+        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout), ("std", std)):
+            object.__setattr__(self, name, value)
         check_one_of("scaling", self.scaling, ("standard", "rslora"))
         check_one_of("init", self.init, ("kaiming", "gaussian"))
-        if self.std is not None:
-            check_number("std", self.std, above=0)
-            if self.init != "gaussian":
-                raise LorakitError(f"std={self.std} has no meaning with init={self.init!r}; use init='gaussian'")
+        if std is not None and self.init != "gaussian":
+            raise LorakitError(f"std={std} has no meaning with init={self.init!r}; use init='gaussian'")
 
     @property
     def scale(self) -> float:
