@@ -132,11 +132,8 @@ def _show(console: "Console", r: dict[str, Any]) -> None:
     _table(
         console,
         f"the adapter for the {digit} at other strengths",
-        ["strength", *(f"{row['strength']:g}" for row in r["sweep"])],
-        [
-            ["accuracy %", *(f"{100 * row['accuracy']:.1f}" for row in r["sweep"])],
-            [f"wrong {digit}s", *(str(row["wrong"]) for row in r["sweep"])],
-        ],
+        ["strength", "accuracy", f"wrong {digit}s"],
+        [[f"{row['strength']:.1f}", f"{row['accuracy']:.2%}", str(row["wrong"])] for row in r["sweep"]],
     )
     best = r["best_strength"]
     console.print(
@@ -157,6 +154,7 @@ def _show(console: "Console", r: dict[str, Any]) -> None:
 
 
 def _table(console: "Console", title: str, headers: list[str], rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from lorakit.tables import table
@@ -164,7 +162,7 @@ def _table(console: "Console", title: str, headers: list[str], rows: list[list[s
     if not console.is_terminal:
         console.print(f"\n{title}\n{table(headers, rows, right=headers[1:])}", markup=False)
         return
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for header in headers:
         shown.add_column(header, justify="left" if header == headers[0] else "right")
     for row in rows:
