@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from torch import nn
 
 from lorakit.change import Addition, add, drop, drop_all
@@ -62,9 +63,10 @@ def attach(
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     """
     report, places = draw_up(model, variant, targets, exclude, mode, name)
-    additions = [
-        Addition(place.layer, place.kind, variant.build(place.kind, place.weight, place.mode)) for place in places
-    ]
+    with torch.inference_mode(False):  # tensors made in inference mode could never be trained
+        additions = [
+            Addition(place.layer, place.kind, variant.build(place.kind, place.weight, place.mode)) for place in places
+        ]
     cautions = [
         f"{place.label!r}: {caution}"
         for place in places

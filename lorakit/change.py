@@ -51,6 +51,7 @@ def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition]
             parameter.requires_grad_(False)
         for addition in additions:
             _add_one(addition, name, state.selection, trainable)
+        state.weights[name] = tuple(site.name for site in sites(root, name))
         state.selection.active = ((name, 1.0),)
     except BaseException:
         state.selection.active = selected
@@ -85,6 +86,7 @@ def drop(root: nn.Module, state: State, name: str) -> None:
         if len(adapters):
             install(site.layer, adapters)
     state.variants.pop(name, None)
+    state.weights.pop(name, None)
     state.selection.active = tuple(chosen for chosen in state.selection.active if chosen[0] != name)
     if not state.variants:
         _forget(root, state)

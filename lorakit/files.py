@@ -27,7 +27,7 @@ from lorakit.header import (
 )
 from lorakit.loading import build_additions
 from lorakit.plan import Plan
-from lorakit.state import check_addition, one_name, require, root_of, sites
+from lorakit.state import check_addition, check_complete, one_name, require, root_of, sites
 from lorakit.storage import read_json_object, read_tensors, write_whole
 
 Verify = Literal["sample", "off"]
@@ -47,6 +47,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     """
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
+    check_complete(root, state, name)
     names = state.variants[name].file_names
     return {
         file_key(site.path, site.parameter, names[tensor]): value.detach()
@@ -68,10 +69,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     Raises:
         LorakitError: no such adapter, it holds NaN or infinity, or the path cannot be written.
     """
+    if not os.fspath(path):
+        raise LorakitError("cannot write an adapter to an empty path: name a directory, or a .safetensors file")
     path = Path(path)
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
-    tensors = {key: whole(tensor).cpu().contiguous() for key, tensor in adapter_state_dict(root, name).items()}
+    tensors = {key: whole(tensor) for key, tensor in adapter_state_dict(root, name).items()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise LorakitError(f"adapter {name!r} is not saved: it is on 'meta' and has no values")
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
@@ -130,7 +136,7 @@ def load(
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     if not path.exists():
-        raise LorakitError(f"{path}: there is no such file or directory")
+        raise LorakitError(f"{path} does not exist; check the path")
     if not path.is_dir():
         tensors, metadata = read_tensors(path)
         if "lorakit" not in metadata:

@@ -97,7 +97,8 @@ def parse_header(text: str, where: str) -> Header:
         if not isinstance(name, str):
             raise TypeError("the name is no string")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LorakitError(f"the lorakit header of {where} is damaged: {type(error).__name__}: {error}") from None
+        what = str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
+        raise LorakitError(f"the lorakit header of {where} is damaged: {what}; save the adapter again") from None
     return Header(name, variant, weights)
 
 
@@ -136,7 +137,10 @@ def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
 
 def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
     """Which fields of a config contradict the header it lies beside."""
-    return [key for key, value in header.variant.peft_fields().items() if config.get(key, value) != value]
+    known = {"peft_type": "LORA", "bias": "none", **header.variant.peft_fields()}
+    return [key for key, value in known.items() if config.get(key, value) != value] + [
+        key for key, value in config.items() if value and key not in _UNDERSTOOD
+    ]
 
 
 # Fields of PEFT's config that do not change what the tensors mean: what is read here, where they came from, and where

@@ -14,6 +14,7 @@ from lorakit.plan import Plan, plan_of
 from lorakit.targets import Index, Place, place_of
 
 
+@torch.inference_mode(False)
 def build_additions(
     root: nn.Module, header: Header, tensors: Mapping[str, Tensor], name: str, *, check_values: bool, where: str
 ) -> tuple[Plan, list[Addition]]:
@@ -26,6 +27,8 @@ def build_additions(
     places: list[Place] = []
     additions: list[Addition] = []
     left = dict(tensors)
+    if any(parameter.is_meta for parameter in root.parameters()):
+        raise LorakitError(f"{where} cannot be loaded: the model is on 'meta'; give it values first")
     index = Index(root)
     if not header.weights:
         problems.append("it adapts no weight")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakit.change import bare, drop_all
 from lorakit.errors import LorakitError
 from lorakit.layers import accumulation_dtype, base_weight
-from lorakit.state import Site, State, layers_of, require, sites
+from lorakit.state import Site, State, check_complete, layers_of, require, sites
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import table
 
@@ -36,6 +36,8 @@ class MergeReport:
     weights: tuple[MergedWeight, ...]
     dropped: tuple[str, ...]
     """Resident adapters that were not merged, and are gone."""
+    untied: tuple[str, ...]
+    """Weights that were tied to others and are now tensors of their own."""
 
     def __str__(self) -> str:
         rows = [[w.name, f"{w.change:.3g}", f"{w.lost:.2g}"] for w in self.weights]
@@ -56,7 +58,8 @@ def merge(model: nn.Module, choice: Choice | None = None) -> MergeReport:
         For each weight how large the update was, and what rounding to the weight's dtype lost.
 
     Warns:
-        Where rounding lost more than half of an update, and when other resident adapters go with it.
+        Where rounding lost more than half of an update, when other resident adapters go with it, and when a tie is
+        cut: a library that ties weights again later would undo the merge.
 
     Raises:
         LorakitError: nothing to merge, or the result is not finite; the model is as it was.
@@ -65,16 +68,17 @@ def merge(model: nn.Module, choice: Choice | None = None) -> MergeReport:
     merged = _merge(root, strengths)
     dropped = tuple(name for name in state.variants if name not in strengths)
     owners = _owners(root)
+    untied = tuple(site.name for site, _, _ in merged if owners[id(site.layer._parameters[site.parameter])] > 1)
     drop_all(root, state)
     for site, weight, _ in merged:
         parameter = site.layer._parameters[site.parameter]
         assert parameter is not None
-        if owners[id(parameter)] > 1:
+        if site.name in untied:
             setattr(site.layer, site.parameter, nn.Parameter(weight, requires_grad=parameter.requires_grad))
         else:
             with torch.no_grad():
                 parameter.copy_(weight)
-    report = MergeReport(tuple(row for _, _, row in merged), dropped)
+    report = MergeReport(tuple(row for _, _, row in merged), dropped, untied)
     _warn(report)
     return report
 
@@ -83,8 +87,8 @@ def merge(model: nn.Module, choice: Choice | None = None) -> MergeReport:
 def merged(model: nn.Module, choice: Choice | None = None) -> Iterator[None]:
     """Plain weights W + ΔW inside a `with` block, without hooks or adapters; the base, bit for bit, after it.
 
-    The base's own tensors are put aside, not copied. What is done to the merged weights inside (training, `.to()`)
-    goes with them. Other verbs raise inside the block.
+    The adapted weights are put aside, not copied. What is done to the merged ones inside goes with them, and what is
+    done to the rest of the model stays, so do not train or convert it inside. Other verbs raise inside the block.
 
     Raises:
         LorakitError: nothing to merge, or the result is not finite; the model is as it was.
@@ -103,11 +107,12 @@ def merged(model: nn.Module, choice: Choice | None = None) -> Iterator[None]:
 
 
 def _chosen(model: nn.Module, choice: Choice | None) -> tuple[nn.Module, State, dict[str, float]]:
-    strengths = {} if choice is None else strengths_of(choice)
-    root, state = require(model, list(strengths))
-    strengths = strengths or dict(state.selection.active)
+    root, state = require(model, None if choice is None else list(strengths_of(choice)))
+    strengths = dict(state.selection.active) if choice is None else strengths_of(choice)
     if not strengths:
-        raise LorakitError("nothing to merge: no adapter is active; name one")
+        raise LorakitError("nothing to merge: no adapter is active or named; name one")
+    for name in strengths:
+        check_complete(root, state, name)
     return root, state, strengths
 
 
@@ -160,6 +165,12 @@ def _warn(report: MergeReport) -> None:
             f"rounding lost more than half of the update in {len(faint)} of {len(report.weights)} weights "
             f"(worst: {worst.name!r}, {worst.lost:.0%}): the update is too small for the weights' dtype; keep it "
             "unmerged, or merge into float32",
+            stacklevel=3,
+        )
+    if report.untied:
+        warnings.warn(
+            f"merging untied {', '.join(map(repr, report.untied))} from the weights it was shared with, which stay as "
+            "they are; tying them again (as transformers' tie_weights does) would lose the update",
             stacklevel=3,
         )
     if report.dropped:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.layers import Update
-from lorakit.state import Site, one_name, require, sites
+from lorakit.state import Site, check_complete, one_name, require, sites
 from lorakit.switch import active
 from lorakit.tables import table
 
@@ -36,7 +36,7 @@ class ProbeReport:
     @property
     def ok(self) -> bool:
         """Whether every update reached the output, in train and in eval mode."""
-        return all(row.train == row.eval == "effective" for row in self.weights)
+        return bool(self.weights) and all(row.train == row.eval == "effective" for row in self.weights)
 
     def __str__(self) -> str:
         return f"{self.name}\n" + table(
@@ -66,6 +66,7 @@ def probe(model: nn.Module, *inputs: Any, name: str | None = None, **named_input
     if name is None and len(state.selection.active) == 1:
         name = state.selection.active[0][0]
     name = one_name(state, name)
+    check_complete(root, state, name)
     where = sites(root, name)
     effects: dict[bool, list[Effect]] = {}
     with active(root, name), _modes_restored(root):
@@ -88,6 +89,11 @@ def _effects(root: nn.Module, run: Callable[[], Any], where: list[Site], name: s
         before = output()
     if not before:
         raise LorakitError("the model returned no tensor to watch; probe a module that does")
+    if not _same(before, output()):
+        raise LorakitError(
+            "nothing can be told: with the same inputs and the same torch seed, the model's output changes from run to "
+            "run"
+        )
     effects: list[Effect] = []
     for site, spy in zip(where, spies, strict=True):
         if not spy.asked:

@@ -29,6 +29,8 @@ class State:
     selection: Selection = field(default_factory=Selection)
     variants: dict[str, Variant] = field(default_factory=dict)
     """Resident adapters by name, in the order in which they came."""
+    weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The names of the weights that each adapter was added to."""
     frozen: tuple[str, ...] = ()
     """Names of the base's parameters that attaching froze; detaching unfreezes them."""
 
@@ -111,8 +113,8 @@ def find_root(model: nn.Module) -> nn.Module | None:
         return next(iter(holders.values()))[1]
     if sites(model):
         raise LorakitError(
-            f"this {type(model).__name__} is a part of a model that has adapters: call this on the "
-            "model that was given to attach"
+            f"this {type(model).__name__} is a part of a model that has adapters: call this on the model that was "
+            "given to attach (a copy of a part is its own master if it is made inside merged(...))"
         )
     return None
 
@@ -142,6 +144,20 @@ def require(model: nn.Module, names: list[str] | None = None) -> tuple[nn.Module
             f"no adapter named {', '.join(map(repr, unknown))}; resident: {', '.join(map(repr, state.variants))}"
         )
     return root, state
+
+
+def check_complete(root: nn.Module, state: State, name: str) -> None:
+    """Whether the adapter still sits on all the weights it was added to.
+
+    Raises:
+        LorakitError: a layer was replaced since; its part of the adapter went with it.
+    """
+    lost = set(state.weights[name]) - {site.name for site in sites(root, name)}
+    if lost:
+        raise LorakitError(
+            f"adapter {name!r} has lost {', '.join(map(repr, sorted(lost)))}: the layers were replaced after it was "
+            "added; add it again, or put the layers back"
+        )
 
 
 def one_name(state: State, name: str | None) -> str:

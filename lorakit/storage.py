@@ -51,12 +51,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         LorakitError: it is missing, truncated, corrupt, or of another format.
     """
     if not path.is_file():
-        raise LorakitError(f"{path}: there is no such file" if not path.exists() else f"{path} is not a file")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise LorakitError(f"{path} {what}; check the path")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as error:
-        raise LorakitError(f"{path} is no readable safetensors file, or a damaged one: {error}") from None
+        raise LorakitError(
+            f"{path} is no readable safetensors file, or a damaged one: {error}; save or fetch it again"
+        ) from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ Choice = str | Sequence[str] | Mapping[str, float]
 def activate(model: nn.Module, choice: Choice) -> None:
     """Let one adapter act, or several.
 
-    Takes constant time and never touches `requires_grad`: what is trained is set by `attach` and `set_trainable`.
+    Takes constant time and never touches `requires_grad`: what is trained is set by `attach` and `set_trainable`. The
+    choice is one for the whole model and all threads: threads that want different adapters need copies of the model.
 
     Args:
         model: the model that was given to `attach`.
@@ -32,7 +33,11 @@ def activate(model: nn.Module, choice: Choice) -> None:
 
 @contextmanager
 def active(model: nn.Module, choice: Choice) -> Iterator[None]:
-    """`activate` inside a `with` block; the choice from before is back after it."""
+    """`activate` inside a `with` block; the choice from before is back after it, whatever was chosen inside.
+
+    Call `backward()` inside the block too if the model recomputes activations (gradient checkpointing): what is
+    recomputed later is computed with the choice of then.
+    """
     strengths = strengths_of(choice)
     _, state = require(model, list(strengths))
     with _restored(state):

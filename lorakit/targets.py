@@ -203,8 +203,7 @@ def _no_match(index: Index, pattern: Pattern) -> LorakitError:
         kinds = sorted({type(module).__name__ for module in index.modules.values() if _has_parameters(module)})
         return LorakitError(
             f"no linear layer in this {type(index.model).__name__}; its layers with weights: "
-            f"{', '.join(kinds) or 'none'}; any parameter can be named, such as "
-            f"{next(iter(index.parameters), 'none')!r}"
+            f"{', '.join(kinds) or 'none'}; name parameters instead: {_some(list(index.parameters))}"
         )
     if not isinstance(pattern, str):
         shown = pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "__name__", pattern)

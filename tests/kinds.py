@@ -166,5 +166,7 @@ VARIANTS = {
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 over_dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    ids=["float32", "float64", "bfloat16", "float16"],
 )

@@ -60,6 +60,7 @@ def without_hook_ids(seen):
 
 @over_variants
 @over_cases
+@pytest.mark.filterwarnings("ignore:merging untied:UserWarning")
 def test_merging_for_good_keeps_the_output_and_leaves_a_plain_model(case, variant):
     model, inputs = case.build()
     plain = copy.deepcopy(model)

@@ -47,7 +47,8 @@ class Update(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A checkpoint without this adapter, one of the base say, loads with strict=True and leaves the adapter alone.
         # A checkpoint with a part of it is an error, as torch has it.
-        if any(key.startswith(prefix) for key in state_dict):
+        # On `meta` there is nothing to leave alone: what a checkpoint lacks would never get values.
+        if any(key.startswith(prefix) for key in state_dict) or any(p.is_meta for p in self.parameters()):
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -35,6 +35,8 @@ class Linear(CalledKind):
 
     def beside(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
+        if A.device != y.device:  # the kernels take factors on `meta` and return what lay in memory
+            raise RuntimeError(f"the adapter is on {A.device} and the layer's output on {y.device}: move the model")
         h = F.linear(x, A)  # (..., r)
         if h.dtype != y.dtype or y.is_nested:
             return y + (F.linear(h, B) * scale).to(y.dtype)
@@ -44,8 +46,12 @@ class Linear(CalledKind):
 
 @kind_of.register
 def _(layer: nn.Linear) -> Kind:
-    # A subclass with a forward of its own computes something else from its weight: s·BA belongs into that.
-    return Linear() if type(layer).forward is nn.Linear.forward else Parameter("weight", is_linear=True)
+    # A layer with a forward of its own computes something else from its weight: s·BA belongs into that. Accelerate's
+    # forward, which moves weights between devices, is marked as such and computes the same.
+    patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    if patched or type(layer).forward is not nn.Linear.forward:
+        return Parameter("weight", is_linear=True)
+    return Linear()
 
 
 @kind_of.register
