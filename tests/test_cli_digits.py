@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 SHARED = Path(os.environ.get("LORAKIT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+FILES = ["adapters", "base.safetensors", "report.html", "results.json"]
+
+
 def lorakit(*words, cwd):
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "lorakit", *map(str, words)],
@@ -100,6 +103,7 @@ def test_same_numbers_again_and_the_base_is_reused(bundled):
     done = lorakit("digits", "--data", "bundled", "--out", "run", "--batches", "20", cwd=folder)
     assert "used again" in done.stdout
     second = json.loads((folder / "run" / "results.json").read_text())
+    assert sorted(path.name for path in (folder / "run").iterdir()) == FILES
     for timed in ("seconds", "switch"):
         first.pop(timed, None), second.pop(timed)
     assert second == first
@@ -112,6 +116,10 @@ def test_fresh_trains_to_the_same_bits(bundled, tmp_path):
     one, two = (load_file(where / "run" / "base.safetensors") for where in (folder, tmp_path))
     assert all(torch.equal(one[key], two[key]) for key in one)
     again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} == {
+        *(f"digit-{d}" for d in range(10)),
+        "digit-3-rehearsed",
+    }
     assert again["digit"] == 3
     assert again["base"] == r["base"]
 
@@ -127,6 +135,7 @@ def test_fresh_trains_to_the_same_bits(bundled, tmp_path):
         ("--data", "cifar"),
         ("--data", "mnist", "--data-dir", "absent"),
         ("--out", "a-file"),
+        ("--out", "a-file/below"),
         ("--seed", "-99999999999999999999999"),
     ],
 )

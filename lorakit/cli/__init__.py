@@ -1,6 +1,7 @@
 """The command line: one module per verb, each importing its part only when it runs."""
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -8,13 +9,27 @@ from lorakit.cli.digits import digits
 from lorakit.cli.svd import svd
 from lorakit.errors import LorakitError
 
+STOPPED = 130  # what a shell gives for Ctrl-C
+
 app = typer.Typer(
     help="LoRA for any PyTorch model.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("lorakit"))
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """LoRA for any PyTorch model."""
 
 
@@ -26,6 +41,11 @@ def main() -> None:
     """Run the command line: input that cannot be used is one line and exit code 2, not a traceback."""
     try:
         app()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != STOPPED:
+            raise
+        print("lorakit: stopped; every file that was written is whole", file=sys.stderr)
+        sys.exit(STOPPED)
     except LorakitError as error:
         print(f"lorakit: {error}", file=sys.stderr)
         sys.exit(2)

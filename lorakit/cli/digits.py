@@ -1,5 +1,6 @@
 """`lorakit digits`: the experiment on handwritten digits, from nothing to a report."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -33,23 +34,22 @@ def digits(
     fresh: Annotated[bool, typer.Option("--fresh", help="Train the base anew, though it is there.")] = False,
 ) -> None:
     """Pretrain a digit classifier, mend its worst digit with LoRA of rank 1, and prove what LoRA promises."""
+    start = time.perf_counter()
     import json
 
     from rich.console import Console
 
     from lorakit.digits import experiment
     from lorakit.digits.data import load
-    from lorakit.errors import LorakitError
     from lorakit.storage import write_whole
 
     config = experiment.Config(out, digit, batches, rehearse, seed, fresh)
     experiment.check(config)
-    if out.exists() and not out.is_dir():
-        raise LorakitError(f"--out {out} is a file; name a directory")
     console = Console(highlight=False, soft_wrap=True)
     dataset = load(data.value, data_dir)
+    experiment.make_writable(out)
     console.print(f"data: {dataset.why}")
-    run = experiment.run(config, dataset, _Terminal(console))
+    run = experiment.run(config, dataset, _Terminal(console), start)
     _show(console, run.results)
     write_whole(out / "results.json", json.dumps(run.results, indent=2).encode())
     with console.status("drawing the report") if console.is_terminal else _nothing():

@@ -3,12 +3,12 @@
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError
+from lorakit.storage import write_whole
 
 if TYPE_CHECKING:
     from lorakit.algebra import Spectrum
@@ -83,7 +83,7 @@ def draw(path: Path, title: str, spectra: Sequence[tuple[str, "Spectrum"]]) -> N
             text.set_parse_math(False)
     picture = BytesIO()
     figure.savefig(picture, format=path.suffix.lower()[1:])
-    write(path, picture.getvalue())
+    write_whole(path, picture.getvalue())
 
 
 def visible(spectrum: "Spectrum") -> list[float]:
@@ -111,19 +111,3 @@ def by_depth(figure: Any, axes: Any, names: Sequence[str]) -> list[Any]:
     scale: Any = ScalarMappable(Normalize(min(numbers), max(numbers)), matplotlib.colormaps["viridis"])
     figure.colorbar(scale, ax=axes, label=label, ticks=MaxNLocator(integer=True))
     return ["0.6" if depth is None else scale.to_rgba(depth) for depth in depths]
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace the file by new content at once: a reader sees the old or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise LorakitError(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()

@@ -3,6 +3,8 @@
 Every phase draws from its own seed, so its numbers do not depend on whether the base was trained or read from disk.
 """
 
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +21,7 @@ from lorakit.algebra import Spectrum, factored_singular_values
 from lorakit.digits import base as base_file
 from lorakit.digits.data import Dataset, Digits
 from lorakit.digits.network import BATCH, DigitNet, Score, drawn, predict, score, train
-from lorakit.digits.proofs import prove
+from lorakit.digits.proofs import Logits, prove
 from lorakit.errors import LorakitError
 from lorakit.plan import Plan
 
@@ -67,10 +69,13 @@ class Run:
         return all(self.results["proofs"].values())
 
 
-def run(config: Config, data: Dataset, listener: Listener) -> Run:
-    """Pretrain or reuse the base, adapt it, prove, compare; writes the base and the adapters under `config.out`."""
-    start = time.perf_counter()
+def run(config: Config, data: Dataset, listener: Listener, start: float) -> Run:
+    """Pretrain or reuse the base, adapt it, prove, compare; writes the base and the adapters under `config.out`.
+
+    `start` is the `time.perf_counter()` from which the total time is counted.
+    """
     base = _base(config, data, listener)
+    _clear(config.out)
     net = base.net
     untouched = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     before = predict(net, data.test)
@@ -89,17 +94,23 @@ def run(config: Config, data: Dataset, listener: Listener) -> Run:
         merged = predict(net, data.test)
     adapter_path = config.out / "adapters" / name
     lk.save(net, adapter_path, name)
-    proofs = prove(net, name, untouched, base.path, adapter_path, data.test, before, adapted, disabled, merged)
+    logits = Logits(before, adapted, disabled, merged)
+    proofs = prove(net, name, untouched, base.path, adapter_path, data.test, logits)
 
     _adapt(net, rehearsed, _mixed(data.train, digit, config), config, listener)
     lk.save(net, config.out / "adapters" / rehearsed, rehearsed)
     rehearsed_score = score(predict(net, data.test), data.test)
     each = _one_for_each(net, digit, base_score, data, config, listener)
     sweep, best = _sweep(net, name, digit, data, listener)
+    spectra = _spectra(net, name)
     results = {
         "data": data.source,
         "why": data.why,
         "seed": config.seed,
+        "recipe": {
+            "base": "one epoch of Adam, learning rate 1e-3, batches of 10; the best of 12 looks at held-out images",
+            "adapter": f"{config.batches} batches of 10 with Adam, learning rate {LEARNING_RATE:g}",
+        },
         "batches": config.batches,
         "digit": digit,
         "parameters": {
@@ -131,7 +142,7 @@ def run(config: Config, data: Dataset, listener: Listener) -> Run:
             "total": time.perf_counter() - start,
         },
     }
-    return Run(results, _spectra(net, name))
+    return Run(results, spectra)
 
 
 def _base(config: Config, data: Dataset, listener: Listener) -> base_file.Base:
@@ -142,6 +153,15 @@ def _base(config: Config, data: Dataset, listener: Listener) -> base_file.Base:
         return base
     with listener.progress("pretraining, one epoch", base_file.steps(data)) as step:
         return base_file.pretrain(path, data, config.seed, step)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run left, which may belong to another base or digit."""
+    for name in ("results.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    for digit in range(10):
+        for name in (f"digit-{digit}", f"digit-{digit}-rehearsed"):
+            shutil.rmtree(out / "adapters" / name, ignore_errors=True)
 
 
 def _only(split: Digits, digit: int, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
@@ -200,7 +220,7 @@ def _one_for_each(
 def _sweep(
     net: DigitNet, name: str, digit: int, data: Dataset, listener: Listener
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The adapter at strengths from 0 to 1.5; the best one is chosen on images held out from all training."""
+    """The adapter at strengths from 0 to 1.5; the best one is chosen on images that nothing was trained on."""
     rows = []
     with listener.progress("sweeping the strength", len(STRENGTHS)) as step:
         for strength in STRENGTHS:
@@ -272,3 +292,17 @@ def check(config: Config) -> None:
         raise LorakitError(f"--batches {config.batches}: at least one batch")
     if not 0.1 <= config.rehearse <= 0.9:
         raise LorakitError(f"--rehearse {config.rehearse}: a share from 0.1 to 0.9 of each batch of {BATCH}")
+
+
+def make_writable(out: Path) -> None:
+    """Make the directory for the results, and be sure before any work that it can be written to.
+
+    Raises:
+        LorakitError: it cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise LorakitError(f"--out {out}: {error.strerror or error}; name a directory to write to") from None

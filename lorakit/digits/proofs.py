@@ -1,6 +1,7 @@
 """What the experiment proves about its own adapter, each a yes or a no."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,18 @@ from lorakit.digits.network import DigitNet, predict
 from lorakit.layers import adapters_of
 
 
+@dataclass(frozen=True)
+class Logits:
+    """What one network made of the test images, each (n, 10)."""
+
+    before: Tensor
+    """Before anything was attached."""
+    adapted: Tensor
+    """With the adapter beside the layers."""
+    disabled: Tensor
+    merged: Tensor
+
+
 def prove(
     net: DigitNet,
     name: str,
@@ -20,10 +33,7 @@ def prove(
     base_path: Path,
     adapter_path: Path,
     test: Digits,
-    before: Tensor,
-    adapted: Tensor,
-    disabled: Tensor,
-    merged: Tensor,
+    logits: Logits,
 ) -> dict[str, bool]:
     """Every claim, checked on the test images.
 
@@ -34,10 +44,7 @@ def prove(
         base_path: the base on disk.
         adapter_path: the adapter on disk.
         test: the images.
-        before: logits of the base, before anything was attached.
-        adapted: logits with the adapter beside the layers.
-        disabled: logits with the adapter disabled.
-        merged: logits of the merged network.
+        logits: what the network made of them.
     """
     state = net.state_dict()
     in_weight = _in_the_weight(net, name)
@@ -46,10 +53,10 @@ def prove(
     return {
         "frozen_weights_unchanged": all(torch.equal(state[key], value) for key, value in untouched.items()),
         "enabled_weight_is_w_plus_s_ba": _weights_read_right(in_weight, name, untouched),
-        "beside_and_in_weight_agree": same_answers(adapted, predict(in_weight, test)),
-        "disabled_is_the_base_bit_for_bit": torch.equal(disabled, before),
-        "merged_agrees": same_answers(adapted, merged),
-        "saved_and_loaded_bit_equal": torch.equal(predict(reloaded, test), adapted),
+        "beside_and_in_weight_agree": same_answers(logits.adapted, predict(in_weight, test)),
+        "disabled_is_the_base_bit_for_bit": torch.equal(logits.disabled, logits.before),
+        "merged_agrees": same_answers(logits.adapted, logits.merged),
+        "saved_and_loaded_bit_equal": torch.equal(predict(reloaded, test), logits.adapted),
     }
 
 

@@ -130,12 +130,7 @@ def page(run: Run) -> str:
                 ["optimizer state", size(r["files"]["optimizer_bytes_full"]), size(r["files"]["optimizer_bytes_lora"])],
             ],
         ),
-        proofs=_table(
-            ["claim", ""],
-            [[PROOFS[name], "holds" if holds else "FAILS"] for name, holds in r["proofs"].items()],
-        )
-        .replace('<td class="n">holds', '<td class="yes">holds')
-        .replace('<td class="n">FAILS', '<td class="no">FAILS'),
+        proofs=_proofs(r),
         why=html.escape(r["why"].rstrip(".")),
         seed=r["seed"],
         pretrain=f"{seconds['pretrain']:.0f}",
@@ -162,6 +157,14 @@ def _tiles(r: dict[str, Any]) -> str:
         (duration(r["switch"]["seconds_per_switch"]), f"to switch among {r['switch']['adapters']} adapters"),
     ]
     return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+
+
+def _proofs(r: dict[str, Any]) -> str:
+    verdict = {True: '<td class="yes">holds</td>', False: '<td class="no">FAILS</td>'}
+    rows = "".join(
+        f"<tr><td>{html.escape(PROOFS[name])}</td>{verdict[holds]}</tr>" for name, holds in r["proofs"].items()
+    )
+    return f"<table><tr><th>claim</th><th></th></tr>{rows}</table>"
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
