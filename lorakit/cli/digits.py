@@ -40,14 +40,15 @@ def digits(
     from rich.console import Console
 
     from lorakit.digits import experiment
+    from lorakit.digits.config import Config, check, make_writable
     from lorakit.digits.data import load
     from lorakit.storage import write_whole
 
-    config = experiment.Config(out, digit, batches, rehearse, seed, fresh)
-    experiment.check(config)
+    config = Config(out, digit, batches, rehearse, seed, fresh)
+    check(config)
     console = Console(highlight=False, soft_wrap=True)
     dataset = load(data.value, data_dir)
-    experiment.make_writable(out)
+    make_writable(out)
     console.print(f"data: {dataset.why}")
     run = experiment.run(config, dataset, _Terminal(console), start)
     _show(console, run.results)

@@ -4,7 +4,6 @@ Every phase draws from its own seed, so its numbers do not depend on whether the
 """
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,10 +18,10 @@ from torch import Tensor
 import lorakit as lk
 from lorakit.algebra import Spectrum, factored_singular_values
 from lorakit.digits import base as base_file
+from lorakit.digits.config import Config
 from lorakit.digits.data import Dataset, Digits
 from lorakit.digits.network import BATCH, DigitNet, Score, drawn, predict, score, train
 from lorakit.digits.proofs import Logits, prove
-from lorakit.errors import LorakitError
 from lorakit.plan import Plan
 
 VARIANT = lk.LoRA(rank=1, alpha=1, init="gaussian", std=1.0)
@@ -39,20 +38,6 @@ class Listener(Protocol):
 
     def progress(self, text: str, total: int) -> AbstractContextManager[Callable[[], None]]:
         """A bar for `total` steps; the function it gives is called after each."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a run is asked for."""
-
-    out: Path
-    digit: int | None = None
-    """The digit to improve; None for the base's worst."""
-    batches: int = 100
-    rehearse: float = 0.5
-    """Share of other digits in the batches of the rehearsed adapter."""
-    seed: int = 0
-    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,33 +261,3 @@ def _spectra(net: DigitNet, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         weight = net.get_submodule(layer).get_parameter("weight")
         spectra[layer] = Spectrum.of(weight.detach()).values, factored_singular_values(B, A, VARIANT.scale)
     return spectra
-
-
-def check(config: Config) -> None:
-    """Refuse a configuration that makes no sense.
-
-    Raises:
-        LorakitError: naming the option.
-    """
-    if config.digit is not None and not 0 <= config.digit <= 9:
-        raise LorakitError(f"--digit {config.digit}: a digit is 0 to 9")
-    if not 0 <= config.seed < 2**32:
-        raise LorakitError(f"--seed {config.seed}: a whole number from 0 to {2**32 - 1}")
-    if config.batches < 1:
-        raise LorakitError(f"--batches {config.batches}: at least one batch")
-    if not 0.1 <= config.rehearse <= 0.9:
-        raise LorakitError(f"--rehearse {config.rehearse}: a share from 0.1 to 0.9 of each batch of {BATCH}")
-
-
-def make_writable(out: Path) -> None:
-    """Make the directory for the results, and be sure before any work that it can be written to.
-
-    Raises:
-        LorakitError: it cannot.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise LorakitError(f"--out {out}: {error.strerror or error}; name a directory to write to") from None
