@@ -75,9 +75,10 @@ def _add_one(addition: Addition, name: str, selection: Selection, trainable: boo
 
 def drop(root: nn.Module, state: State, name: str) -> None:
     """Take one adapter away; with the last one everything goes."""
-    for site in sites(root, name):
+    mine = sites(root, name)
+    for site in mine:
         check_changeable(site.layer)
-    for site in sites(root, name):
+    for site in mine:
         adapters = uninstall(site.layer)
         assert adapters is not None
         del site.adapted._modules[name]
@@ -94,18 +95,18 @@ def drop(root: nn.Module, state: State, name: str) -> None:
 
 def drop_all(root: nn.Module, state: State) -> None:
     """Take every adapter away, or none if a layer forbids it."""
-    for site in sites(root):
-        check_changeable(site.layer)
-    for name in list(state.variants):
-        drop(root, state, name)
+    for layer in _changeable_layers(root):
+        uninstall(layer)
+    state.variants.clear()
+    state.weights.clear()
+    state.selection.active = ()
+    _forget(root, state)
 
 
 @contextmanager
 def bare(root: nn.Module) -> Iterator[None]:
     """The model without its adapters inside a `with` block: hooks, classes, children and state are put aside."""
-    layers = {id(site.layer): site.layer for site in sites(root)}.values()
-    for layer in layers:
-        check_changeable(layer)
+    layers = _changeable_layers(root)
     state = vars(root).pop(KEY)
     taken = [(layer, uninstall(layer)) for layer in layers]
     modules = list(root.modules())
@@ -118,6 +119,14 @@ def bare(root: nn.Module) -> Iterator[None]:
             assert adapters is not None
             install(layer, adapters.train(layer.training))
         vars(root)[KEY] = state
+
+
+def _changeable_layers(root: nn.Module) -> list[nn.Module]:
+    """Every adapted layer once, checked to let its adapters go before any does."""
+    layers = list({id(site.layer): site.layer for site in sites(root)}.values())
+    for layer in layers:
+        check_changeable(layer)
+    return layers
 
 
 def _forget(root: nn.Module, state: State) -> None:

@@ -7,25 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, attached, picture, refused
-from kinds import Reader, mlp
+from kinds import Reader
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-
-
-@pytest.fixture
-def base():
-    torch.manual_seed(0)
-    return mlp()
-
-
-@pytest.fixture
-def saved(base, tmp_path) -> Path:
-    """One file with an adapter for `base`."""
-    path = tmp_path / "saved.safetensors"
-    lk.save(attached(copy.deepcopy(base)), path)
-    return path
 
 
 def edit(path: Path, change=None, header=None) -> None:
@@ -152,6 +138,8 @@ HEADERS = {
     "no-variant": (lambda raw: raw.pop("variant"), "damaged"),
     "unknown-variant": (lambda raw: raw["variant"].update(type="Magic"), "Magic"),
     "rank": (lambda raw: raw["variant"].update(rank=0), "rank"),
+    "huge-rank": (lambda raw: raw["variant"].update(rank=10**18), "rank"),
+    "rank-beyond-64-bits": (lambda raw: raw["variant"].update(rank=10**30), "rank"),
     "another-rank": (lambda raw: raw["variant"].update(rank=3), "(3, 6)"),
     "alpha": (lambda raw: raw["variant"].update(alpha="much"), "alpha"),
     "field": (lambda raw: raw["variant"].update(surprise=1), "surprise"),

@@ -1,7 +1,6 @@
 """Law 6, first half: what is saved comes back to the bit."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,26 +16,12 @@ from helpers import (
     run,
     run_everywhere,
 )
-from kinds import mlp, over_cases, over_dtypes, over_variants
+from kinds import over_cases, over_dtypes, over_variants
 from safetensors.torch import load_file
 
 import lorakit as lk
 
 over_forms = pytest.mark.parametrize("form", ["directory", "file.safetensors"])
-
-
-@pytest.fixture
-def base():
-    torch.manual_seed(0)
-    return mlp()
-
-
-@pytest.fixture
-def saved(base, tmp_path) -> Path:
-    """One file with an adapter for `base`."""
-    path = tmp_path / "saved.safetensors"
-    lk.save(attached(copy.deepcopy(base)), path)
-    return path
 
 
 @over_forms

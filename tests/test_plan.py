@@ -89,6 +89,8 @@ BAD = {
     "rank-whole-float": {"rank": 8.0},
     "rank-text": {"rank": "8"},
     "rank-none": {"rank": None},
+    "rank-huge": {"rank": 10**18},
+    "rank-beyond-64-bits": {"rank": 10**30},
     "alpha-nan": {"rank": 2, "alpha": math.nan},
     "alpha-inf": {"rank": 2, "alpha": math.inf},
     "alpha-0": {"rank": 2, "alpha": 0},

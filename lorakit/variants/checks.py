@@ -7,10 +7,10 @@ from numbers import Integral, Real
 from lorakit.errors import LorakitError
 
 
-def checked_integer(name: str, value: object, at_least: int) -> int:
-    """An integer (NumPy's count, a bool does not), not below `at_least`, as Python's own int."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
-        raise LorakitError(f"{name}={value!r} must be an integer of at least {at_least}")
+def checked_integer(name: str, value: object, at_least: int, at_most: int) -> int:
+    """An integer (NumPy's count, a bool does not) within the bounds, as Python's own int."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= int(value) <= at_most:
+        raise LorakitError(f"{name}={value!r} must be an integer of at least {at_least} and at most {at_most}")
     return int(value)
 
 

@@ -14,6 +14,9 @@ from lorakit.layers import CalledKind, Kind, Mode, Parameter, Update, accumulati
 from lorakit.variants.checks import check_one_of, checked_integer, checked_number
 from lorakit.variants.variant import Variant
 
+# No weight has more rows or columns. A larger rank, from a damaged file say, would overflow the size of a tensor.
+_MOST = 2**24
+
 
 @final
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class LoRA(Variant):
     """Hyper-parameters of LoRA.
 
     Args:
-        rank: r, the inner dimension of B·A; at least 1.
+        rank: r, the inner dimension of B·A; from 1 to 2²⁴.
         alpha: the numerator of the scale, above 0; None means `rank`, a scale of 1.
         dropout: probability in [0, 1) with which entries of the adapter's input are dropped in training. It acts
             on the input, so it needs an update beside the call.
@@ -45,7 +48,7 @@ class LoRA(Variant):
     file_names: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
     def __post_init__(self) -> None:
-        rank = checked_integer("rank", self.rank, at_least=1)
+        rank = checked_integer("rank", self.rank, at_least=1, at_most=_MOST)
         alpha = rank if self.alpha is None else checked_number("alpha", self.alpha, above=0)
         dropout = checked_number("dropout", self.dropout, at_least=0, below=1)
         std = None if self.std is None else checked_number("std", self.std, above=0)
