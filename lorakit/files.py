@@ -50,7 +50,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     check_complete(root, state, name)
     names = state.variants[name].file_names
     return {
-        file_key(site.path, site.parameter, names[tensor]): value.detach()
+        file_key(site.path, site.parameter, names[tensor], site.adapted.kind.lookup): value.detach()
         for site in sites(root, name)
         for tensor, value in site.adapted[name].named_parameters()
     }
@@ -102,7 +102,7 @@ def load(
     verify: Verify = "sample",
     trainable: bool = False,
 ) -> Plan:
-    """Add an adapter from a file that `save` wrote, or from a PEFT directory of LoRA on linear layers.
+    """Add an adapter from a file that `save` wrote, or from a PEFT directory of plain LoRA.
 
     As with `attach`, the base is frozen and the new adapter becomes the only active one. Which of the others train
     does not change, unless this one is to train.

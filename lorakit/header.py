@@ -10,13 +10,14 @@ from torch import nn
 
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
-from lorakit.layers import Mode, base_weight
+from lorakit.layers import Mode, TransposedLinear, base_weight, kind_of
 from lorakit.state import Site
 from lorakit.storage import parse_json_object
 from lorakit.variants import VARIANTS, LoRA, Variant
 
 _VERSION = 1
 _PREFIX = "base_model.model."
+_LOOKUP_NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,10 @@ class WeightEntry:
         """The weight's full name in the model."""
         return ".".join(part for part in (self.path, self.parameter) if part)
 
-    def key(self, file_name: str) -> str:
-        """The key of one of its tensors."""
-        return file_key(self.path, self.parameter, file_name)
 
-
-def file_key(path: str, parameter: str, file_name: str) -> str:
-    """The key of a tensor, as PEFT has it: a layer's own weight goes by the layer's name."""
+def file_key(path: str, parameter: str, file_name: str, lookup: bool) -> str:
+    """The key of a tensor, as PEFT has it: a layer's own weight goes by the layer's name, look-ups have names apart."""
+    file_name = _LOOKUP_NAMES.get(file_name, file_name) if lookup else file_name
     parts = (path, "" if parameter == "weight" else parameter, file_name)
     return _PREFIX + ".".join(part for part in parts if part)
 
@@ -129,7 +127,9 @@ def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(
+            isinstance(kind_of(model.get_submodule(entry.path)), TransposedLinear) for entry in header.weights
+        ),
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -149,13 +149,13 @@ _UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
-    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+    *("fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
 }
 _KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 
 def header_from_peft(config: Mapping[str, Any], keys: list[str], path: Path) -> Header:
-    """The header of a directory that PEFT wrote: LoRA on linear layers.
+    """The header of a directory that PEFT wrote: plain LoRA.
 
     Raises:
         LorakitError: it is another method, or has parts that are not read; each is named.
@@ -181,7 +181,12 @@ def header_from_peft(config: Mapping[str, Any], keys: list[str], path: Path) -> 
         )
     except LorakitError as error:
         raise LorakitError(f"{path}: in its config, {error}") from None
-    suffix = "." + LoRA.file_names["A"]
-    paths = [key.removeprefix(_PREFIX).removesuffix(suffix) for key in keys if key.endswith(suffix)]
+    first = LoRA.file_names["A"]
+    paths = {
+        key.removeprefix(_PREFIX).removesuffix("." + name)
+        for name in (first, _LOOKUP_NAMES[first])
+        for key in keys
+        if key.endswith("." + name)
+    }
     entries = tuple(WeightEntry(layer, "weight", None, None, None, None) for layer in sorted(paths))
     return Header(path.name, variant, entries, ours=False)

@@ -1,6 +1,7 @@
 """From a file's content to updates that fit a live model: every check, and no change."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 from lorakit.change import Addition
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
-from lorakit.header import Header, WeightEntry
-from lorakit.layers import accumulation_dtype
+from lorakit.header import Header, WeightEntry, file_key
+from lorakit.layers import Update, accumulation_dtype
 from lorakit.plan import Plan, plan_of
 from lorakit.targets import Index, Place, place_of
+from lorakit.variants import LoRA, Variant
 
 
 @torch.inference_mode(False)
@@ -25,6 +27,7 @@ def build_additions(
     """
     problems: list[str] = []
     places: list[Place] = []
+    variants: list[Variant] = []
     additions: list[Addition] = []
     left = dict(tensors)
     if any(parameter.is_meta for parameter in root.parameters()):
@@ -33,37 +36,67 @@ def build_additions(
     if not header.weights:
         problems.append("it adapts no weight")
     for entry in header.weights:
-        mine = {
-            tensor: (key, left.pop(key, None))
-            for tensor, file_name in header.variant.file_names.items()
-            for key in [entry.key(file_name)]
-        }
         try:
             place = place_of(index, entry.path, entry.parameter, entry.mode)
+        except LorakitError as error:
+            problems.append(str(error))
+            for lookup in (False, True):  # whatever it was, its tensors are accounted for
+                _take(left, header, entry, lookup)
+            continue
+        mine = _take(left, header, entry, place.kind.lookup)
+        try:
             problems += _base_problems(place, entry, check_values)
-            update = header.variant.build(place.kind, torch.empty_like(place.weight, device="meta"), place.mode)
+            sketch = torch.empty_like(place.weight, device="meta")
+            variant = _variant_at(place, header.variant)
+            update = variant.build(place.kind, sketch, place.mode)
         except LorakitError as error:
             problems.append(str(error))
             continue
-        for tensor, (key, value) in mine.items():
-            wanted = getattr(update, tensor)
-            found = _tensor_problem(key, value, wanted)
-            if found:
-                problems.append(found)
-            elif value is not None:
-                # Copied out of the file's memory, whose alignment could change how a product rounds.
-                dtype = value.dtype if header.ours else accumulation_dtype(value.dtype)
-                setattr(update, tensor, nn.Parameter(value.to(place.weight.device, dtype, copy=True)))
-        dtypes = sorted({str(value.dtype) for _, value in mine.values() if value is not None})
-        if len(dtypes) > 1:
-            problems.append(f"the tensors of {entry.name!r} are of several dtypes: {', '.join(dtypes)}")
+        problems += _fill(update, mine, place, header, entry)
         places.append(place)
+        variants.append(variant)
         additions.append(Addition(place.layer, place.kind, update))
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
-    return plan_of(root, header.variant, places, name), additions
+    return plan_of(root, header.variant, places, name, variants), additions
+
+
+Found = dict[str, tuple[str, Tensor | None]]
+"""{name of the tensor in the update: (its key in the file, its value there)}"""
+
+
+def _take(left: dict[str, Tensor], header: Header, entry: WeightEntry, lookup: bool) -> Found:
+    """The tensors of one weight, taken out of those that are left."""
+    names = header.variant.file_names
+    return {
+        tensor: (key, left.pop(key, None))
+        for tensor, name in names.items()
+        for key in [file_key(entry.path, entry.parameter, name, lookup)]
+    }
+
+
+def _fill(update: Update, mine: Found, place: Place, header: Header, entry: WeightEntry) -> list[str]:
+    """Put the tensors of one weight into its update; returns what is wrong with them."""
+    problems = []
+    for tensor, (key, value) in mine.items():
+        problem = _tensor_problem(key, value, getattr(update, tensor))
+        if problem:
+            problems.append(problem)
+        elif value is not None:
+            # Copied out of the file's memory, whose alignment could change how a product rounds.
+            dtype = value.dtype if header.ours else accumulation_dtype(value.dtype)
+            setattr(update, tensor, nn.Parameter(value.to(place.weight.device, dtype, copy=True)))
+    dtypes = sorted({str(value.dtype) for _, value in mine.values() if value is not None})
+    if len(dtypes) > 1:
+        problems.append(f"the tensors of {entry.name!r} are of several dtypes: {', '.join(dtypes)}")
+    return problems
+
+
+def _variant_at(place: Place, variant: Variant) -> Variant:
+    """PEFT writes one dropout for all layers and ignores it where inputs are indices; so must who reads its files."""
+    return replace(variant, dropout=0.0) if place.kind.lookup and isinstance(variant, LoRA) else variant
 
 
 def _tensor_problem(key: str, value: Tensor | None, wanted: Tensor) -> str | None:

@@ -105,9 +105,12 @@ def draw_up(
     return plan_of(root, variant, places, name), places
 
 
-def plan_of(root: nn.Module, variant: Variant, places: Sequence[Place], name: str) -> Plan:
-    """The plan for adapting these places."""
-    return Plan(name, variant, tuple(_row(place, variant) for place in places), _count(root))
+def plan_of(
+    root: nn.Module, variant: Variant, places: Sequence[Place], name: str, each: Sequence[Variant] | None = None
+) -> Plan:
+    """The plan for adapting these places; `each` has the variant of each place where they differ."""
+    variants = each or [variant] * len(places)
+    return Plan(name, variant, tuple(map(_row, places, variants)), _count(root))
 
 
 def _row(place: Place, variant: Variant) -> Row:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Update
+from lorakit.layers import Inputs, Update
 from lorakit.state import Site, check_complete, one_name, require, sites
 from lorakit.switch import active
 from lorakit.tables import table
@@ -118,9 +118,9 @@ class _Spy(Update):
         result: Tensor = self.update(weight, strength)
         return result
 
-    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, strength: float) -> Tensor:
         self.asked = True
-        return self.update.beside(layer, x, y, strength)
+        return self.update.beside(layer, inputs, y, strength)
 
 
 @contextmanager

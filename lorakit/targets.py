@@ -48,8 +48,8 @@ class Place:
 
     @property
     def label(self) -> str:
-        """What a person calls it: a layer that is adapted as such by its name, a parameter by its own."""
-        return self.path or "(model)" if isinstance(self.kind, CalledKind) else self.parameter
+        """What a person calls it: the layer if the update sits beside its call, else the parameter."""
+        return self.path or "(model)" if self.mode == "beside" else self.parameter
 
     @property
     def weight(self) -> Tensor:
@@ -94,10 +94,13 @@ def place_of(index: "Index", path: str, parameter: str, mode: Mode | None) -> Pl
     layer = index.modules[key]
     if parameter not in _parameter_names(layer):
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
+    return _placed(index, key, _kind_of_parameter(layer, parameter), "auto" if mode is None else mode)
+
+
+def _kind_of_parameter(layer: nn.Module, parameter: str) -> Kind:
+    """The layer's own kind for its own weight; for any other parameter the general one."""
     kind = kind_of(layer)
-    if kind is None or kind.parameter != parameter:
-        kind = Parameter(parameter)
-    return _placed(index, key, kind, "auto" if mode is None else mode)
+    return kind if kind is not None and kind.parameter == parameter else Parameter(parameter)
 
 
 class Index:
@@ -230,7 +233,11 @@ def _place(index: Index, key: int, parameter: str | None, mode: RequestedMode, p
     """How the selected weight is adapted; None if a broad pattern met a module with no weight of its own."""
     module = index.modules[key]
     names = tuple(index.names[key])
-    kind = kind_of(module) if parameter is None else Parameter(parameter)
+    if parameter is not None:
+        if mode == "beside":
+            raise _only_read(join(names[0], parameter))
+        return _placed(index, key, _kind_of_parameter(module, parameter), "weight")
+    kind = kind_of(module)
     if kind is None:
         broad = _is_glob(pattern) or not isinstance(pattern, str | type)
         if broad and not _has_parameters(module):
@@ -243,10 +250,7 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
     """The weight of a known kind, checked to be one that can be adapted in this mode."""
     module, names = index.modules[key], tuple(index.names[key])
     if mode == "beside" and not isinstance(kind, CalledKind):
-        raise LorakitError(
-            f"{join(names[0], kind.parameter)!r} is read, not called, so nothing can sit beside it; "
-            "use mode='auto' or 'weight'"
-        )
+        raise _only_read(join(names[0], kind.parameter))
     called = isinstance(kind, CalledKind) and mode != "weight"
     _check_weight(module, kind, names[0])
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
@@ -256,6 +260,10 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
             "before each call (an old weight_norm, say); use torch.nn.utils.parametrizations instead"
         )
     return Place(names, module, kind, "beside" if called else "weight", index.tied(module, kind.parameter))
+
+
+def _only_read(name: str) -> LorakitError:
+    return LorakitError(f"{name!r} is read, not called, so nothing can sit beside it; use mode='auto' or 'weight'")
 
 
 def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:

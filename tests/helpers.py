@@ -91,7 +91,24 @@ def dense(plain: nn.Module, updates: Mapping[str, Tensor]) -> nn.Module:
 
 def dense_lora(plain: nn.Module, factors: Factors, scale: float) -> nn.Module:
     """`dense` for scale·B·A, differentiable in A and B."""
-    return dense(plain, {name: scale * (B @ A) for name, (A, B) in factors.items()})
+    return dense(plain, {name: scale * product(plain, name, A, B) for name, (A, B) in factors.items()})
+
+
+def product(plain: nn.Module, name: str, A: Tensor, B: Tensor) -> Tensor:
+    """B·A with the axes of the weight, from torch's definition of each layer."""
+    layer = plain.get_submodule(name.rpartition(".")[0])
+    delta = B.flatten(1) @ A.flatten(1)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        delta = delta.t()
+        if layer.padding_idx is not None:
+            delta = delta.index_fill(0, torch.tensor(layer.padding_idx), 0.0)
+        return delta
+    if type(layer).__name__ == "Conv1D":  # of transformers: (in, out)
+        return delta.t()
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        parts = [part.view(-1, *A.shape[1:]).transpose(0, 1) for part in delta.chunk(layer.groups)]
+        return torch.cat(parts)  # (in, out/groups, *kernel)
+    return delta
 
 
 def assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoRA
 
@@ -32,12 +33,19 @@ class Case:
     """Whether torch.func.functional_call leaves the bare model as it was: it does not restore a shared module."""
     batches: bool = True
     """Whether torch.func.vmap takes the bare model."""
+    twice: bool = True
+    """Whether torch differentiates the bare model twice."""
+    rewrites: bool = False
+    """Whether the bare model's own forward writes into its weight, as `max_norm` does."""
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
         """The model and its inputs, the same for the same seed."""
         torch.manual_seed(seed)
         model = self.make().to(dtype)
-        return model, tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs())
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs())
+        for _ in range(50 if self.rewrites else 0):  # until it finds nothing more to do
+            model(*inputs)
+        return model, inputs
 
     @property
     def how(self) -> dict[str, Any]:
@@ -132,6 +140,14 @@ def tokens(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (torch.randint(0, 7, shape),)
 
 
+def padded() -> tuple[Tensor, ...]:
+    """Indices below 7, 2 and 5 several times among them."""
+    return (torch.tensor([[2, 5, 1], [5, 2, 5]]),)
+
+
+_CONV = nn.modules.conv._ConvNd
+_TRANSPOSED = nn.modules.conv._ConvNd
+
 CASES = [
     Case("linear", mlp, floats(3, 6)),
     Case("linear-weight", mlp, floats(3, 6), mode="weight"),
@@ -144,8 +160,53 @@ CASES = [
     Case("tied-head", Tied, tokens(2, 3), "head"),
     Case("parameter", Reader, floats(3, 6), "table"),
     Case("parameter-3d", Experts, floats(3, 6), "weight"),
-    Case("embedding", lambda: nn.Sequential(nn.Embedding(7, 6)), tokens(2, 3), "0.weight"),
-    Case("conv2d", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), floats(2, 3, 5, 5), "0.weight"),
+    Case("embedding", lambda: nn.Sequential(nn.Embedding(7, 6)), tokens(2, 3), "0"),
+    Case("embedding-weight", lambda: nn.Sequential(nn.Embedding(7, 6)), tokens(2, 3), "0.weight"),
+    Case("embedding-padding", lambda: nn.Sequential(nn.Embedding(7, 6, padding_idx=2)), padded, "0"),
+    Case("embedding-norm", lambda: nn.Embedding(7, 6, max_norm=1.5), tokens(2, 3), nn.Embedding, rewrites=True),
+    Case("embedding-frequency", lambda: nn.Embedding(7, 6, scale_grad_by_freq=True), padded, nn.Embedding),
+    Case("bag-mean", lambda: nn.EmbeddingBag(7, 6), tokens(2, 3), nn.EmbeddingBag, batches=False, twice=False),
+    Case(
+        "bag-sum",
+        lambda: nn.EmbeddingBag(7, 6, mode="sum", padding_idx=2, include_last_offset=True),
+        lambda: (torch.tensor([0, 2, 2, 5, 1]), torch.tensor([0, 3, 5]), torch.randn(5)),
+        nn.EmbeddingBag,
+        batches=False,
+        twice=False,
+    ),
+    Case(
+        "bag-max", lambda: nn.EmbeddingBag(7, 6, mode="max"), tokens(2, 3), nn.EmbeddingBag, batches=False, twice=False
+    ),
+    Case("conv1d", lambda: nn.Sequential(nn.Conv1d(3, 4, 3, stride=2, padding=1)), floats(2, 3, 7), "0"),
+    Case("conv2d", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), floats(2, 3, 5, 5), "0"),
+    Case("conv2d-weight", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), floats(2, 3, 5, 5), "0.weight"),
+    Case("conv2d-same", lambda: nn.Conv2d(3, 4, (2, 3), padding="same", dilation=2), floats(2, 3, 6, 5), nn.Conv2d),
+    Case("conv2d-circular", lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), floats(2, 3, 5, 5), _CONV),
+    Case(
+        "conv1d-reflect",
+        lambda: nn.Conv1d(3, 4, 3, padding="same", padding_mode="reflect", dilation=2),
+        floats(2, 3, 7),
+        _CONV,
+    ),
+    Case(
+        "conv3d-replicate",
+        lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="replicate"),
+        floats(2, 2, 3, 3, 3),
+        _CONV,
+    ),
+    Case("conv2d-groups", lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2, padding=2), floats(2, 4, 5, 5), _CONV),
+    Case("conv2d-depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2), floats(2, 4, 5, 5), _CONV),
+    Case("conv1d-unbatched", lambda: nn.Conv1d(3, 4, 3), floats(3, 7), _CONV),
+    Case("conv-transpose1d", lambda: nn.ConvTranspose1d(3, 4, 3, stride=2), floats(2, 3, 5), _TRANSPOSED),
+    Case(
+        "conv-transpose2d",
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
+        floats(2, 4, 3, 3),
+        _TRANSPOSED,
+    ),
+    Case("conv-transpose3d", lambda: nn.ConvTranspose3d(2, 3, 2), floats(2, 2, 3, 3, 3), _TRANSPOSED),
+    Case("bilinear", lambda: nn.Bilinear(4, 3, 5), lambda: (torch.randn(2, 3, 4), torch.randn(2, 3, 3)), nn.Bilinear),
+    Case("transposed-linear", lambda: nn.Sequential(Conv1D(5, 6), nn.Tanh(), Conv1D(4, 5)), floats(2, 3, 6)),
     Case("attention-in", SelfAttention, floats(2, 3, 8), "attention.in_proj_weight"),
     Case("attention-out", SelfAttention, floats(2, 3, 8)),
     Case("encoder", encoder, floats(2, 3, 8), ["linear1", "linear2"], leaves_fused_path=True),

@@ -132,7 +132,7 @@ def test_vmap_over_a_stack_of_adapters(case):
         assert_close(got[i], run(model, inputs))
 
 
-@over_cases
+@pytest.mark.parametrize("case", [case for case in CASES if case.twice], ids=lambda case: case.name)
 def test_second_derivatives_are_those_of_the_dense_formula(case):
     model, inputs = case.build(torch.float64)
     plain = copy.deepcopy(model)

@@ -14,6 +14,7 @@ from helpers import (
     dense_lora,
     factors_of,
     picture,
+    product,
     randomize,
     refused,
     run,
@@ -46,7 +47,7 @@ def mixed(plain, model, mix):
     for name, strength in strengths(mix).items():
         scale = strength * scale_of(lk.adapters(model)[name].variant)
         for weight, (A, B) in factors_of(model, name).items():
-            total[weight] = total.get(weight, 0) + scale * (B @ A)
+            total[weight] = total.get(weight, 0) + scale * product(plain, weight, A, B)
     return dense(plain, total)
 
 

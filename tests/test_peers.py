@@ -45,7 +45,24 @@ def bert() -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(**SMALL))
 
 
+def gpt2() -> nn.Module:
+    return transformers.GPT2Model(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=31, n_positions=32)
+    )
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, (3, 2), stride=2, padding=1), nn.Flatten(2), nn.Conv1d(4, 3, 2), nn.Tanh())
+
+
+def words() -> nn.Module:
+    return nn.Sequential(nn.Embedding(31, 6, padding_idx=0), nn.Linear(6, 4))
+
+
 MODELS = {
+    "gpt2": (gpt2, ["c_attn", "c_proj", "wte"]),
+    "conv": (conv, ["0", "2"]),
+    "words": (words, ["0", "1"]),
     "mlp": (mlp, ["0", "2"]),
     "llama": (llama, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
     "neox": (neox, ["query_key_value", "dense", "dense_h_to_4h"]),
@@ -65,7 +82,9 @@ def build(kind: str) -> tuple[nn.Module, torch.Tensor, list[str]]:
     make, targets = MODELS[kind]
     torch.manual_seed(0)
     model = make().eval()
-    return model, torch.randn(3, 6) if kind == "mlp" else torch.randint(0, 31, (2, 5)), targets
+    if kind == "conv":
+        return model, torch.randn(3, 1, 2, 6), targets
+    return model, torch.randn(3, 6) if kind == "mlp" else torch.randint(1, 31, (2, 5)), targets
 
 
 def out(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -77,12 +96,19 @@ def by_peft(base: nn.Module, targets, spec: lk.LoRA | None = None, **more):
     """A PEFT model on a copy of the base, with noise in its factors."""
     spec = spec or lk.LoRA(rank=3)
     config = {"r": spec.rank, "lora_alpha": spec.alpha, "use_rslora": spec.scaling == "rslora", **more}
-    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, **config)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # it is then set to True
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, **config)).eval()
     generator = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return model
+
+
+def live_key(key: str) -> str:
+    """The name that a tensor of PEFT's files has in a PEFT model."""
+    return key.replace(".weight", ".default.weight") if key.endswith(".weight") else f"{key}.default"
 
 
 def assert_near(got: torch.Tensor, wanted: torch.Tensor, limit: float = 1e-6) -> None:
@@ -97,7 +123,7 @@ def test_the_same_factors_give_peft_s_outputs_and_gradients(kind, spec):
     lk.attach(base, spec, targets)
     pairs = []
     for key, ours in lk.adapter_state_dict(base).items():
-        peer = theirs.get_parameter(key.replace(".weight", ".default.weight"))
+        peer = theirs.get_parameter(live_key(key))
         assert peer.shape == ours.shape
         with torch.no_grad():
             ours.copy_(peer)
@@ -215,11 +241,47 @@ def test_other_methods_and_other_layers_are_refused(tmp_path):
     peft.get_peft_model(copy.deepcopy(base), ia3).save_pretrained(str(tmp_path / "ia3"))
     with refused(base, "IA3"):
         lk.load(base, tmp_path / "ia3")
-    words = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 4))
-    config = peft.LoraConfig(r=2, target_modules=["0", "1"])
-    peft.get_peft_model(copy.deepcopy(words), config).save_pretrained(str(tmp_path / "embedding"))
-    with refused(words, "lora_embedding_A"):
-        lk.load(words, tmp_path / "embedding")
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    with pytest.warns(UserWarning, match="groups > 1"):
+        theirs = peft.get_peft_model(copy.deepcopy(grouped), config)
+    theirs.save_pretrained(str(tmp_path / "grouped"))
+    with refused(grouped, "(2, 4, 3, 3)"):  # a kernel across groups, which a grouped convolution cannot hold
+        lk.load(grouped, tmp_path / "grouped")
+
+
+WRONG_THERE = {
+    "circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (2, 3, 5, 5)),
+    "reflect": (lambda: nn.Conv1d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 5)),
+    "dilated-same": (lambda: nn.Conv2d(3, 4, 3, padding="same", dilation=2), (2, 3, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_THERE)
+def test_convolutions_are_right_where_peft_is_not(case, tmp_path):
+    make, size = WRONG_THERE[case]
+    torch.manual_seed(0)
+    base, x = nn.Sequential(make()), torch.randn(size)
+    theirs = by_peft(base, ["0"])
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    lk.load(base, tmp_path / "adapter")
+    layer = base[0]
+    A, B = (factor.flatten(1) for factor in lk.adapter_parameters(base))
+    scale = next(iter(lk.adapters(base).values())).variant.scale
+    wanted = layer._conv_forward(x, layer.weight + scale * (B @ A).view_as(layer.weight), layer.bias)
+    assert_near(base(x), wanted, 1e-5)
+    assert (theirs(x) - wanted).abs().max() > 0.1
+
+
+def test_dropout_in_peft_s_config_does_not_touch_look_ups(tmp_path):
+    base, x, targets = build("words")
+    theirs = by_peft(base, targets, lora_dropout=0.5)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    lk.load(base, tmp_path / "adapter")
+    assert_near(out(base.eval(), x), out(theirs, x))
+    with refused(nn.Sequential(nn.Embedding(3, 2)), "Embedding", "dropout=0.5"):
+        model = nn.Sequential(nn.Embedding(3, 2))
+        lk.attach(model, lk.LoRA(rank=1, dropout=0.5), nn.Embedding)
 
 
 def test_a_config_without_a_scale_is_refused(tmp_path):

@@ -28,7 +28,9 @@ def test_a_plan_changes_nothing_and_is_what_attach_returns(case, variant):
     assert plan.base_parameters == base
     assert [size for row in plan.rows for size in row.tensors.values()] == [tuple(p.shape) for p in mine]
     for row in plan.rows:
-        d, k = row.weight[0], math.prod(row.weight[1:])
+        (_, *inputs), (d, *_) = row.tensors["A"], row.tensors["B"]
+        k = math.prod(inputs)
+        assert d * k == math.prod(row.weight)
         assert row.parameters == variant.rank * (d + k)
 
 
@@ -57,7 +59,7 @@ def test_a_plan_prints_every_fact_it_holds():
     assert header.split() == ["layer", "kind", "W", "A", "B", "applied", "parameters", "of", "W", "note"]
     assert rows[0].split()[:6] == ["0", "Linear", "1000×784", "16×784", "1000×16", "beside"]
     assert "28,544" in rows[0]
-    assert rows[1].split()[:5] == ["2.weight", "Parameter", "10×1000", "16×1000", "10×16"]
+    assert rows[1].split()[:5] == ["2.weight", "Linear", "10×1000", "16×1000", "10×16"]
     assert "in the weight" in rows[1]
     assert "rank 16 is above min(d, k) = 10" in rows[1]
     assert "44,704 new numbers beside 795,010 frozen ones: 5.623%" in last

@@ -1,20 +1,46 @@
 """Where an update sits: one small file per kind of layer. Nothing here knows what is trained."""
 
 from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Update
+from lorakit.layers.bilinear import Bilinear
+from lorakit.layers.convolution import Convolution, TransposedConvolution
+from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
-from lorakit.layers.kind import CalledKind, Kind, accumulation_dtype, kind_of
+from lorakit.layers.kind import CalledKind, Inputs, Kind, accumulation_dtype, kind_of, register_kind, register_late
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.transposed import TransposedLinear
+
+KINDS: tuple[type[Kind], ...] = (
+    Linear,
+    TransposedLinear,
+    Convolution,
+    TransposedConvolution,
+    Embedding,
+    EmbeddingBag,
+    ReadEmbedding,
+    Bilinear,
+    Parameter,
+)
+"""Every kind, in the order in which tables name them."""
 
 __all__ = [
+    "KINDS",
     "AdaptedWeight",
     "Adapters",
+    "Bilinear",
     "CalledKind",
+    "Convolution",
+    "Embedding",
+    "EmbeddingBag",
+    "Inputs",
     "Kind",
     "Linear",
     "Mode",
     "Parameter",
+    "ReadEmbedding",
     "Selection",
+    "TransposedConvolution",
+    "TransposedLinear",
     "Update",
     "accumulation_dtype",
     "adapters_of",
@@ -22,5 +48,7 @@ __all__ = [
     "check_changeable",
     "install",
     "kind_of",
+    "register_kind",
+    "register_late",
     "uninstall",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, final
 
 from torch import Tensor, nn
 
-from lorakit.layers.kind import Kind
+from lorakit.layers.kind import Inputs, Kind
 
 Mode = Literal["beside", "weight"]
 
@@ -40,8 +40,8 @@ class Update(nn.Module, ABC):
         """The adapted weight, in the weight's shape and dtype."""
 
     @abstractmethod
-    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, strength: float) -> Tensor:
-        """The adapted output, for the layer's input x and its unadapted output y."""
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, strength: float) -> Tensor:
+        """The adapted output, for the layer's inputs and its unadapted output y."""
 
     @final
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

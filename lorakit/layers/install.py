@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Adapters
-from lorakit.layers.kind import accumulation_dtype
+from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype
 
 
 class _Hooked(dict[str, Any]):
@@ -94,9 +94,17 @@ def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     """The forward hook: the layer's output with every acting update added."""
     adapters = cast(Adapters, layer.lora)
     for parameter in adapters:
-        for update, strength in adapters[parameter].acting("beside"):
-            output = update.beside(layer, args[0] if args else next(iter(kwargs.values())), output, strength)
+        adapted = adapters[parameter]
+        for update, strength in adapted.acting("beside"):
+            output = update.beside(layer, _inputs(cast(CalledKind, adapted.kind), args, kwargs), output, strength)
     return output
+
+
+def _inputs(kind: CalledKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """What the layer was called with, in the order of forward's arguments."""
+    if not kwargs or not kind.arguments:
+        return args or tuple(kwargs.values())
+    return args + tuple(kwargs.get(name) for name in kind.arguments[len(args) :])
 
 
 def adapted_weight(weight: Tensor, adapted: AdaptedWeight) -> Tensor:

@@ -1,15 +1,20 @@
 """What a kind of layer is: how its weight is seen as a d×k matrix, and how a low-rank update acts on it.
 
 A kind knows nothing of what is trained. It takes two factors, A and B, and says how they change the layer; every
-variant is built from that. To add a kind, write one file: a final class below, registered with `kind_of` by type.
+variant is built from that. To add a kind, write one file: a final class below, registered by type with `register_kind`.
 """
 
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import singledispatch
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+Inputs = tuple[Any, ...]
+"""What a layer is called with, in the order of its forward's arguments."""
 
 
 class Kind(ABC):
@@ -25,6 +30,8 @@ class Kind(ABC):
     """The name of the adapted parameter on its layer."""
     is_linear: bool
     """Whether `targets="all-linear"` selects it."""
+    lookup: ClassVar[bool] = False
+    """Whether inputs are indices of columns. A then begins at zero and B at random: what is never looked up stays."""
 
     @abstractmethod
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
@@ -42,18 +49,58 @@ class Kind(ABC):
 class CalledKind(Kind):
     """A layer that is *called*: an update can also sit beside the call and never form B·A."""
 
+    arguments: ClassVar[tuple[str, ...]] = ()
+    """The names of forward's arguments, if `beside` needs more than the first."""
+
     @abstractmethod
-    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Y + scale·B(A(x)) for the layer's input x and output y; x is in A's dtype, the result in y's."""
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Y + scale·B(A(inputs)) for the layer's inputs and output y.
+
+        `inputs[0]` is in A's dtype, unless it holds indices; the result is in y's.
+        """
 
 
 @singledispatch
+def _kind(layer: nn.Module) -> Kind | None:
+    return None
+
+
+register_kind = _kind.register
+"""Decorates a function (layer) -> Kind | None; the type of its argument is the type of layer that it is for."""
+
+_late: dict[tuple[str, str], Callable[[Any], Kind | None]] = {}
+
+
+def register_late(module: str, name: str) -> Callable[[Callable[[Any], Kind | None]], Callable[[Any], Kind | None]]:
+    """`register_kind` for a type of a library that is not imported for it: only once someone else has."""
+
+    def decorate(function: Callable[[Any], Kind | None]) -> Callable[[Any], Kind | None]:
+        _late[module, name] = function
+        return function
+
+    return decorate
+
+
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of a layer, by its type; None if it has none of its own.
 
     Only its parameters can then be adapted, each by name (`layers.Parameter`).
     """
-    return None
+    for module, name in [key for key in _late if key[0] in sys.modules]:
+        cls = getattr(sys.modules[module], name, None)
+        if cls is not None:  # it is None while that module is still being imported
+            _kind.register(cls, _late.pop((module, name)))
+    return _kind(layer)
+
+
+def runs_its_own_forward(layer: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling the layer does something else than torch's forward of one of these classes.
+
+    s·BA then belongs into whatever it computes from its weight. Accelerate's forward, which moves weights between
+    devices, is marked as such and computes the same.
+    """
+    patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    return patched or all(type(layer).forward is not cls.forward for cls in classes)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

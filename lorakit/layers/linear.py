@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lorakit.layers.kind import CalledKind, Kind, flat_factor_shapes, flat_shape, kind_of
+from lorakit.layers.kind import (
+    CalledKind,
+    Inputs,
+    Kind,
+    flat_factor_shapes,
+    flat_shape,
+    register_kind,
+    runs_its_own_forward,
+)
 from lorakit.layers.parameter import Parameter
 
 
@@ -33,28 +41,28 @@ class Linear(CalledKind):
         """B·A: (out, in)."""
         return B @ A
 
-    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
-        if A.device != y.device:  # the kernels take factors on `meta` and return what lay in memory
-            raise RuntimeError(f"the adapter is on {A.device} and the layer's output on {y.device}: move the model")
-        h = F.linear(x, A)  # (..., r)
-        if h.dtype != y.dtype or y.is_nested:
-            return y + (F.linear(h, B) * scale).to(y.dtype)
-        # One pass over y: the product, the scale and the sum in a single kernel.
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale).view(y.shape)
+        return add_thin_product(y, inputs[0], A, B, scale)
 
 
-@kind_of.register
+def add_thin_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Y + scale·(x·Aᵀ)·Bᵀ for x: (..., k) and y: (..., d)."""
+    if A.device != y.device:  # the kernels take factors on `meta` and return what lay in memory
+        raise RuntimeError(f"the adapter is on {A.device} and the layer's output on {y.device}: move the model")
+    h = F.linear(x, A)  # (..., r)
+    if h.dtype != y.dtype or y.is_nested:
+        return y + (F.linear(h, B) * scale).to(y.dtype)
+    # One pass over y: the product, the scale and the sum in a single kernel.
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale).view(y.shape)
+
+
+@register_kind
 def _(layer: nn.Linear) -> Kind:
-    # A layer with a forward of its own computes something else from its weight: s·BA belongs into that. Accelerate's
-    # forward, which moves weights between devices, is marked as such and computes the same.
-    patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
-    if patched or type(layer).forward is not nn.Linear.forward:
-        return Parameter("weight", is_linear=True)
-    return Linear()
+    return Parameter("weight", is_linear=True) if runs_its_own_forward(layer, nn.Linear) else Linear()
 
 
-@kind_of.register
+@register_kind
 def _(layer: NonDynamicallyQuantizableLinear) -> Kind:
     # torch uses this type for `nn.MultiheadAttention.out_proj` alone, never calls it, and hands its weight to a
     # fused function: a hook on it would be a silent no-op.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Kind, Mode, Parameter, Update, accumulation_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Parameter, Update, accumulation_dtype
 from lorakit.variants.checks import check_one_of, checked_integer, checked_number
 from lorakit.variants.variant import Variant
 
@@ -30,8 +30,8 @@ class LoRA(Variant):
             on the input, so it needs an update beside the call.
         scaling: "standard" is alpha/r; "rslora" is alpha/√r, which keeps the update's size when the rank grows
             (Kalajdzievski 2023, arXiv:2312.03732).
-        init: how A begins; B is always zero. "kaiming" is uniform in ±1/√k, as `nn.Linear` begins; "gaussian" is
-            normal with standard deviation `std`.
+        init: how A begins; B is zero. "kaiming" is uniform in ±1/√k, as `nn.Linear` begins; "gaussian" is normal with
+            standard deviation `std`. Of an embedding A is zero and B begins so, "kaiming" being standard normal there.
         std: for init="gaussian": the standard deviation; None means 1/rank.
 
     Raises:
@@ -81,6 +81,11 @@ class LoRA(Variant):
                 f"dropout={self.dropout} acts on the input of a call and cannot be expressed in the weight; "
                 "use dropout=0, or adapt the layer itself, beside its call"
             )
+        if kind.lookup and self.dropout > 0:
+            raise LorakitError(
+                f"dropout={self.dropout} acts on numbers, and the input of an {kind.name} is indices; use dropout=0 "
+                "there, as an adapter of its own"
+            )
         return LowRankParametrization(weight, self, kind=kind, mode=mode)
 
     def caution(self, kind: Kind, weight: Tensor) -> str | None:
@@ -109,7 +114,8 @@ class LowRankParametrization(Update):
         mode: where the update acts when it is attached to a layer.
 
     Attributes:
-        A: (r, k) for a 2-D weight, in float32 if W is of 16 bits or less, else in W's dtype.
+        A: (r, k) for a 2-D weight, for others as the kind stores it; in float32 if W is of 16 bits or less, else in
+            W's dtype.
         B: (d, r), zero at first: B·A = 0, nothing changes until it is trained.
         enabled: set it to False to read W itself.
     """
@@ -126,11 +132,17 @@ class LowRankParametrization(Update):
         a_shape, b_shape = self.kind.factor_shapes(weight, spec.rank)
         dtype = accumulation_dtype(weight.dtype)
         self.A = nn.Parameter(torch.empty(a_shape, dtype=dtype, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(b_shape, dtype=dtype, device=weight.device))
+        self.B = nn.Parameter(torch.empty(b_shape, dtype=dtype, device=weight.device))
+        # B·A = 0, so nothing changes. Of a look-up it is A that begins at zero, one column for each index: what is
+        # never looked up in training then stays as it was.
+        random, zero = (self.B, self.A) if self.kind.lookup else (self.A, self.B)
+        nn.init.zeros_(zero)
         if spec.init == "gaussian":
-            nn.init.normal_(self.A, std=1 / spec.rank if spec.std is None else spec.std)
+            nn.init.normal_(random, std=1 / spec.rank if spec.std is None else spec.std)
+        elif self.kind.lookup:
+            nn.init.normal_(random)
         else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(random, a=math.sqrt(5))
 
     def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """W + strength·s·B·A, or W itself when not enabled."""
@@ -140,14 +152,18 @@ class LowRankParametrization(Update):
         wide = torch.promote_types(weight.dtype, delta.dtype)
         return torch.add(weight.to(wide), delta.to(wide), alpha=self.scale * strength).to(weight.dtype)
 
-    def beside(self, layer: nn.Module, x: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, strength: float) -> Tensor:
         """The output y plus strength·s·B(A(x)); y itself when not enabled."""
         if not self.enabled:
             return y
-        x = x.to(self.A.dtype)
-        if self.dropout > 0 and self.training:
-            x = F.dropout(x, self.dropout)
-        return cast(CalledKind, self.kind).beside(layer, x, y, self.A, self.B, self.scale * strength)
+        kind = cast(CalledKind, self.kind)
+        if not kind.lookup:
+            x, *rest = inputs
+            x = x.to(self.A.dtype)
+            if self.dropout > 0 and self.training:
+                x = F.dropout(x, self.dropout)
+            inputs = (x, *rest)
+        return kind.beside(layer, inputs, y, self.A, self.B, self.scale * strength)
 
     def extra_repr(self) -> str:
         """Shapes and scale, for `print(model)`."""

@@ -1,0 +1,1 @@
+"""Measurements of lorakit; nothing here is part of the package."""

@@ -1,0 +1,44 @@
+"""`nn.Bilinear`: W is (out, in1, in2); d = out, k = in1·in2."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.layers.kind import CalledKind, Inputs, Kind, flat_shape, register_kind, runs_its_own_forward
+from lorakit.layers.parameter import Parameter
+
+
+@final
+@dataclass(frozen=True)
+class Bilinear(CalledKind):
+    """A bilinear layer, y = x1ᵀ·W·x2 + b. A is (r, in1, in2), B is (out, r)."""
+
+    name: ClassVar[str] = "Bilinear"
+    arguments: ClassVar[tuple[str, ...]] = ("input1", "input2")
+    parameter: str = "weight"
+    is_linear: bool = False
+
+    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
+        """(out, in1·in2)."""
+        return flat_shape(weight)
+
+    def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(r, in1, in2) and (out, r)."""
+        return (rank, *weight.shape[1:]), (weight.shape[0], rank)
+
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """B·A: (out, in1, in2)."""
+        return (B @ A.flatten(1)).view(weight.shape)
+
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Y + scale·(x1ᵀ·A·x2)·Bᵀ; x1: (..., in1), x2: (..., in2), y: (..., out)."""
+        x1, x2 = inputs
+        h = F.bilinear(x1, x2.to(A.dtype), A)
+        return y + (F.linear(h, B) * scale).to(y.dtype)
+
+
+@register_kind
+def _(layer: nn.Bilinear) -> Kind:
+    return Parameter("weight") if runs_its_own_forward(layer, nn.Bilinear) else Bilinear()

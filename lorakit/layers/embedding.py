@@ -1,0 +1,116 @@
+"""Embeddings: W is (number, dim), one row for each index; as a matrix it is its transpose, d = dim and k = number.
+
+The row at `padding_idx` stays as it is, as torch promises of it: the update is zero there, and it sends no gradient.
+Where torch does more than look up (`max_norm` rescales rows, `scale_grad_by_freq` weighs gradients, a bag takes the
+maximum), the update acts in the weight, which that then applies to.
+"""
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import ClassVar, cast, final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.layers.kind import CalledKind, Inputs, Kind, register_kind, runs_its_own_forward
+from lorakit.layers.parameter import Parameter
+
+
+class _Table(Kind, ABC):
+    """A weight of (number, dim). A is (r, number) and begins at zero, B is (dim, r)."""
+
+    lookup: ClassVar[bool] = True
+    padding_idx: int | None
+    parameter = "weight"
+    is_linear = False
+
+    @final
+    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
+        """(dim, number)."""
+        return weight.shape[1], weight.shape[0]
+
+    @final
+    def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(r, number) and (dim, r)."""
+        return (rank, weight.shape[0]), (weight.shape[1], rank)
+
+    @final
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """(B·A)ᵀ with zeros at the padding row: (number, dim)."""
+        delta = (B @ A).mT
+        if self.padding_idx is None:
+            return delta
+        keep = A.new_ones(A.shape[1], 1)
+        keep[self.padding_idx] = 0
+        return delta * keep
+
+
+@final
+@dataclass(frozen=True)
+class Embedding(_Table, CalledKind):
+    """`nn.Embedding`: a look-up."""
+
+    name: ClassVar[str] = "Embedding"
+    padding_idx: int | None
+
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Y + scale·A[:, x]ᵀ·Bᵀ; x: (...) of indices, y: (..., dim)."""
+        (x, *_) = inputs
+        update = F.linear(F.embedding(x, A.t()), B) * scale
+        if self.padding_idx is not None:
+            update = update.masked_fill((x == self.padding_idx).unsqueeze(-1), 0.0)
+        return y + update.to(y.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class EmbeddingBag(_Table, CalledKind):
+    """`nn.EmbeddingBag` with a sum or a mean."""
+
+    name: ClassVar[str] = "EmbeddingBag"
+    arguments: ClassVar[tuple[str, ...]] = ("input", "offsets", "per_sample_weights")
+    padding_idx: int | None
+
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Y + scale·bag(A, x)·Bᵀ, for indices, offsets and weights of the samples."""
+        bag = cast(nn.EmbeddingBag, layer)
+        x, offsets, weights = (*inputs, None, None)[:3]
+        h = F.embedding_bag(
+            x,
+            A.t().contiguous(),
+            offsets,
+            mode=bag.mode,
+            per_sample_weights=None if weights is None else weights.to(A.dtype),
+            include_last_offset=bag.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+        return y + (F.linear(h, B) * scale).to(y.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class ReadEmbedding(_Table):
+    """An embedding that does more than look up: adapted in the weight."""
+
+    name: ClassVar[str] = "Embedding (read)"
+    padding_idx: int | None
+
+
+def _does_more(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
+    return layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
+
+
+@register_kind
+def _(layer: nn.Embedding) -> Kind:
+    if runs_its_own_forward(layer, nn.Embedding):
+        return Parameter("weight")
+    return ReadEmbedding(layer.padding_idx) if _does_more(layer) else Embedding(layer.padding_idx)
+
+
+@register_kind
+def _(layer: nn.EmbeddingBag) -> Kind:
+    if runs_its_own_forward(layer, nn.EmbeddingBag):
+        return Parameter("weight")
+    if _does_more(layer) or layer.mode == "max":
+        return ReadEmbedding(layer.padding_idx)
+    return EmbeddingBag(layer.padding_idx)
