@@ -97,6 +97,8 @@ def dense_lora(plain: nn.Module, factors: Factors, scale: float) -> nn.Module:
 def product(plain: nn.Module, name: str, A: Tensor, B: Tensor) -> Tensor:
     """B·A with the axes of the weight, from torch's definition of each layer."""
     layer = plain.get_submodule(name.rpartition(".")[0])
+    if A.dim() == B.dim() == 3 and not isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+        return torch.stack([b @ a for a, b in zip(A, B, strict=True)])  # an update for each expert
     delta = B.flatten(1) @ A.flatten(1)
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         delta = delta.t()

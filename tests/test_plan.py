@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from helpers import assert_same, picture, refused
-from kinds import mlp, over_cases, over_variants
+from kinds import Experts, mlp, over_cases, over_variants
 from torch import nn
 
 import lorakit as lk
@@ -30,8 +30,12 @@ def test_a_plan_changes_nothing_and_is_what_attach_returns(case, variant):
     for row in plan.rows:
         (_, *inputs), (d, *_) = row.tensors["A"], row.tensors["B"]
         k = math.prod(inputs)
-        assert d * k == math.prod(row.weight)
-        assert row.parameters == variant.rank * (d + k)
+        if row.kind == "Parameter" and len(row.weight) == 3:
+            experts, d, k = row.weight
+            assert row.parameters == experts * variant.rank * (d + k)
+        else:
+            assert d * k == math.prod(row.weight)
+            assert row.parameters == variant.rank * (d + k)
 
 
 @over_cases
@@ -171,3 +175,9 @@ def test_each_way_to_begin_draws_what_it_says():
         assert A.mean().abs().item() < 0.05 * std
         assert A.abs().max().item() <= most
         assert not B.any()
+
+
+def test_a_rank_above_that_of_an_expert_is_refused():
+    model = Experts()
+    with refused(model, "'weight'", "rank 6", "3 matrices of 6×5", "at most 5"):
+        lk.attach(model, lk.LoRA(rank=6), "weight")

@@ -41,4 +41,4 @@ class Bilinear(CalledKind):
 
 @register_kind
 def _(layer: nn.Bilinear) -> Kind:
-    return Parameter("weight") if runs_its_own_forward(layer, nn.Bilinear) else Bilinear()
+    return Parameter("weight", flat=True) if runs_its_own_forward(layer, nn.Bilinear) else Bilinear()

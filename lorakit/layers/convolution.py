@@ -117,7 +117,7 @@ _CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @register_kind(nn.Conv3d)
 def _(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Kind:
     own = all(type(layer)._conv_forward is not cls._conv_forward for cls in _CLASSES)
-    return Parameter("weight") if own or runs_its_own_forward(layer, *_CLASSES) else Convolution()
+    return Parameter("weight", flat=True) if own or runs_its_own_forward(layer, *_CLASSES) else Convolution()
 
 
 @register_kind(nn.ConvTranspose1d)
@@ -125,5 +125,5 @@ def _(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Kind:
 @register_kind(nn.ConvTranspose3d)
 def _(layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> Kind:
     if runs_its_own_forward(layer, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-        return Parameter("weight")
+        return Parameter("weight", flat=True)
     return TransposedConvolution(layer.groups)

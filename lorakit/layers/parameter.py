@@ -5,26 +5,44 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from lorakit.errors import LorakitError
 from lorakit.layers.kind import Kind, flat_factor_shapes, flat_shape
 
 
 @final
 @dataclass(frozen=True)
 class Parameter(Kind):
-    """A parameter of two or more axes: the first is d, all others together are k. A is (r, k), B is (d, r)."""
+    """A parameter of two or more axes.
+
+    Three axes (E, d, k) are a stack of E matrices, such as the experts of a mixture: each has an update of its own, all
+    of them one batched product. A is (E, r, k), B is (E, d, r). Otherwise, or if `flat`, the first axis is d and all
+    others together are k; A is (r, k), B is (d, r).
+    """
 
     name: ClassVar[str] = "Parameter"
     parameter: str
     is_linear: bool = False
+    flat: bool = False
 
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
-        """(first axis, all the others)."""
-        return flat_shape(weight)
+        """(d, k), of each matrix if it is a stack."""
+        return (weight.shape[1], weight.shape[2]) if self._is_stack(weight) else flat_shape(weight)
 
     def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(r, k) and (d, r)."""
-        return flat_factor_shapes(weight, rank)
+        """(r, k) and (d, r), after the stack's axis if there is one."""
+        if not self._is_stack(weight):
+            return flat_factor_shapes(weight, rank)
+        count, d, k = weight.shape
+        if rank > min(d, k):
+            raise LorakitError(
+                f"rank {rank} is larger than the slice: the weight is a stack of {count} matrices of {d}×{k}, each "
+                f"with an update of its own; use a rank of at most {min(d, k)}, or leave this weight out"
+            )
+        return (count, rank, k), (count, d, rank)
 
     def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """B·A in the parameter's shape."""
         return (B @ A).view(weight.shape)
+
+    def _is_stack(self, weight: Tensor) -> bool:
+        return weight.dim() == 3 and not self.flat

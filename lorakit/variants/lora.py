@@ -124,7 +124,7 @@ class LowRankParametrization(Update):
         super().__init__()
         if weight.dim() < 2 and kind is None:
             raise LorakitError(f"a weight of shape {tuple(weight.shape)} is no matrix; LoRA needs two axes or more")
-        self.kind = kind or Parameter("weight")
+        self.kind = kind or Parameter("weight", flat=True)
         self.mode = mode
         self.scale = spec.scale
         self.dropout = spec.dropout
@@ -142,7 +142,8 @@ class LowRankParametrization(Update):
         elif self.kind.lookup:
             nn.init.normal_(random)
         else:
-            nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+            bound = 1 / math.sqrt(self.kind.matrix_shape(weight)[1])
+            nn.init.uniform_(random, -bound, bound)
 
     def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """W + strength·s·B·A, or W itself when not enabled."""
