@@ -130,3 +130,30 @@ def test_untying_is_said():
     randomize(model)
     with pytest.warns(UserWarning, match="untied '0.weight'"):
         assert lk.merge(model).untied == ("0.weight",)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 7), (8, 8)])
+def test_what_a_transposed_convolution_is_asked_for_reaches_the_adapter(size):
+    model, x = nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1), torch.randn(1, 2, 4, 4)
+    lk.attach(model, lk.LoRA(rank=2), nn.ConvTranspose2d)
+    randomize(model)
+    y = model(x, output_size=size)
+    with lk.merged(model):
+        assert_close(model(x, output_size=size), y)
+
+
+def test_arguments_by_name_reach_the_adapter_in_any_order():
+    bag, pair = nn.EmbeddingBag(5, 4, mode="sum"), nn.Bilinear(3, 2, 4)
+    calls = [
+        (
+            bag,
+            {"per_sample_weights": torch.randn(3), "offsets": torch.tensor([0, 2]), "input": torch.tensor([4, 1, 1])},
+        ),
+        (pair, {"input2": torch.randn(5, 2), "input1": torch.randn(5, 3)}),
+    ]
+    for model, named in calls:
+        lk.attach(model, lk.LoRA(rank=2), type(model))
+        randomize(model)
+        y = model(**named)
+        with lk.merged(model):
+            assert_close(model(**named), y)

@@ -13,7 +13,12 @@ from benchmarks.real.vad import VoiceActivity
 
 M = TypeVar("M", bound=nn.Module)
 
-RESNETS = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th", 44: "resnet44-014dd654.th", 56: "resnet56-4bfd9763.th"}
+RESNETS = {
+    20: "resnet20-12fca82f.th",
+    32: "resnet32-d509ac18.th",
+    44: "resnet44-014dd654.th",
+    56: "resnet56-4bfd9763.th",
+}
 """Depth → file."""
 
 
