@@ -131,7 +131,7 @@ def _merge(root: nn.Module, strengths: dict[str, float]) -> list[tuple[Site, Ten
         total = wide
         with torch.autocast(weight.device.type, enabled=False):
             for name in names:
-                total = site.adapted[name](total, strengths[name])
+                total = site.adapted[name].add_to(total, weight, strengths[name])
         result = total.to(weight.dtype)
         if not result.isfinite().all():
             bad.append(site.name)

@@ -5,7 +5,17 @@ from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
-from lorakit.layers.kind import CalledKind, Inputs, Kind, accumulation_dtype, kind_of, register_kind, register_late
+from lorakit.layers.kind import (
+    CalledKind,
+    Inputs,
+    Kind,
+    LastAxisKind,
+    accumulation_dtype,
+    in_dtype,
+    kind_of,
+    register_kind,
+    register_late,
+)
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
 from lorakit.layers.transposed import TransposedLinear
@@ -34,6 +44,7 @@ __all__ = [
     "EmbeddingBag",
     "Inputs",
     "Kind",
+    "LastAxisKind",
     "Linear",
     "Mode",
     "Parameter",
@@ -46,6 +57,7 @@ __all__ = [
     "adapters_of",
     "base_weight",
     "check_changeable",
+    "in_dtype",
     "install",
     "kind_of",
     "register_kind",
