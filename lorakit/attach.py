@@ -1,15 +1,17 @@
 """Put an adapter on a model, and take it off again."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.change import Addition, add, drop, drop_all
+from lorakit.errors import LorakitError
 from lorakit.evidence import Loss, Sources, gather
 from lorakit.plan import Pattern, Plan, draw_up
+from lorakit.probe import ProbeReport, probe
 from lorakit.state import require
 from lorakit.targets import RequestedMode, Targets
 from lorakit.variants import Variant
@@ -43,6 +45,7 @@ def attach(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     original: nn.Module | None = None,
+    example: Any = None,
 ) -> Plan:
     """Add a new adapter to a model, in place, and freeze everything else.
 
@@ -66,6 +69,8 @@ def attach(
             tuple or list in order), or that `loss` takes. They are run on the base, in the mode the model is in.
         loss: a function (model, batch) -> loss.
         original: for init="loftq": the model before it was quantized.
+        example: an input of the model (a tensor, a tuple, or a mapping by name). It is run, as by `probe`, and if an
+            update does not reach the output, attaching is undone and an error names the weights.
 
     Returns:
         What was done; `print` it for a table.
@@ -90,10 +95,26 @@ def attach(
         for place, mine in chosen
         if (caution := mine.caution(place.kind, place.weight)) is not None
     ]
-    add(model, name, report.variant, additions, trainable=True)
+
+    def check() -> None:
+        args = () if isinstance(example, Mapping) else example if isinstance(example, tuple | list) else (example,)
+        named = example if isinstance(example, Mapping) else {}
+        _check_effect(probe(model, *args, name=name, **named))
+
+    add(model, name, report.variant, additions, trainable=True, check=None if example is None else check)
     if cautions:
         warnings.warn("; ".join(cautions), stacklevel=2)
     return report
+
+
+def _check_effect(report: ProbeReport) -> None:
+    if report.ok:
+        return
+    lost = [f"{row.weight!r} is {row.train} in train(), {row.eval} in eval()" for row in report.weights if not row.ok]
+    raise LorakitError(
+        f"not attached, for on the example {'; '.join(lost)}. Unreached: the layer did not run; exclude it. Bypassed: "
+        "it ran past the update; use mode='weight'"
+    )
 
 
 def detach(model: nn.Module) -> None:

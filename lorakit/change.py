@@ -1,6 +1,6 @@
 """Every change of what a model carries: add an adapter, drop it, put all aside for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,10 +32,18 @@ class Addition:
     """The adapter's, or what it is for this weight."""
 
 
-def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition], *, trainable: bool) -> None:
+def add(
+    model: nn.Module,
+    name: str,
+    variant: Variant,
+    additions: list[Addition],
+    *,
+    trainable: bool,
+    check: Callable[[], None] | None = None,
+) -> None:
     """Install a new adapter and make it the only one that acts. The base is frozen.
 
-    If the new adapter is trainable, it becomes the only one that is.
+    If the new adapter is trainable, it becomes the only one that is. If `check` raises, all is undone.
     """
     root = root_of(model)
     for addition in additions:
@@ -56,6 +64,8 @@ def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition]
         variants = {id(addition.update): addition.variant for addition in additions}
         state.weights[name] = {site.name: variants[id(site.adapted[name])] for site in sites(root, name)}
         state.selection.active = ((name, 1.0),)
+        if check is not None:
+            check()
     except BaseException:
         state.selection.active = selected
         drop(root, state, name)

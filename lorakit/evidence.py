@@ -58,7 +58,7 @@ def gather(sources: Sources, chosen: Chosen) -> list[Tensor | None]:
 
 def _inputs(sources: Sources, places: list[Place], ranks: list[int]) -> list[Tensor]:
     """The principal directions of each layer's centred inputs, (rank, k), by decreasing variance."""
-    found = [_Principal(rank) for rank in ranks]
+    found = [_Principal(place, rank) for place, rank in zip(places, ranks, strict=True)]
 
     def note(principal: _Principal) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def _inputs(sources: Sources, places: list[Place], ranks: list[int]) -> list[Ten
             hooked.callback(handle.remove)
         for batch in _batches(sources, "init='eva'"):
             _run(sources, batch)
-    return [principal.directions(place) for place, principal in zip(places, found, strict=True)]
+    return [principal.directions() for principal in found]
 
 
 class _Principal:
@@ -82,7 +82,8 @@ class _Principal:
     learning for robust visual tracking", §2.2).
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, place: Place, rank: int) -> None:
+        self.place = place
         self.rank = rank
         self.count = 0
         self.mean: Any = 0.0
@@ -93,6 +94,8 @@ class _Principal:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if not len(x):
             return
+        if not x.isfinite().all():
+            raise LorakitError(f"at {self.place.label!r}: its inputs hold NaN or infinity on this data")
         mean, count = x.mean(0), self.count + len(x)
         rows = [x - mean]
         if self.kept is not None:
@@ -104,16 +107,16 @@ class _Principal:
         self.mean = (self.count * self.mean + len(x) * mean) / count
         self.count = count
 
-    def directions(self, place: Place) -> Tensor:
+    def directions(self) -> Tensor:
         if self.kept is None:
             raise LorakitError(
-                f"at {place.label!r}: the layer was not called with the data; exclude it, or use another init"
+                f"at {self.place.label!r}: the layer was not called with the data; exclude it, or use another init"
             )
         norms = self.kept.norm(dim=1)
         found = int((norms > norms.max() * 1e-6).sum()) if len(norms) else 0
         if found < self.rank:
             raise LorakitError(
-                f"at {place.label!r}: the data spans {found} directions there, fewer than rank {self.rank}; "
+                f"at {self.place.label!r}: the data spans {found} directions there, fewer than rank {self.rank}; "
                 "give more data, or use a smaller rank"
             )
         return cast(Tensor, self.kept[: self.rank] / norms[: self.rank, None])

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from lorakit.errors import LorakitError
 from lorakit.layers import Adapters
 from lorakit.state import check_addition, root_of
-from lorakit.tables import shape, table
+from lorakit.tables import shape, size, table
 from lorakit.targets import Place, RequestedMode, Targets, resolve, selected
 from lorakit.variants import Variant
 
@@ -27,6 +27,8 @@ class Row:
     """The weight's shape."""
     tensors: dict[str, tuple[int, ...]]
     """The shapes of the trained tensors: {"A": (r, k), "B": (d, r)} for LoRA."""
+    bytes: int
+    """What the trained tensors take in memory."""
     applied: str
     """"beside" the layer's call, or "in the weight"."""
     note: str
@@ -47,11 +49,18 @@ class Plan:
     rows: tuple[Row, ...]
     base_parameters: int
     """Numbers in the base model, each shared one counted once."""
+    base_bytes: int
+    """What they take in memory."""
 
     @property
     def parameters(self) -> int:
         """Numbers the adapter adds."""
         return sum(row.parameters for row in self.rows)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """What Adam keeps for them: two moments for each number."""
+        return 2 * sum(row.bytes for row in self.rows)
 
     @property
     def percent(self) -> float:
@@ -79,6 +88,7 @@ class Plan:
             f"{self.name}: {self.variant}\n"
             + table(headers, rows, right=("parameters", "of W"))
             + f"\n{self.parameters:,} new numbers beside {self.base_parameters:,} frozen ones: {self.percent:.3f}%"
+            + f"\nAdam's state: {size(self.optimizer_bytes)}; {size(2 * self.base_bytes)} to train all of the base"
         )
 
 
@@ -138,7 +148,8 @@ def _varied(
 
 def plan_of(root: nn.Module, variant: Variant, places: Sequence[Place], variants: Sequence[Variant], name: str) -> Plan:
     """The plan for adapting these places, each with its variant."""
-    return Plan(name, variant, tuple(map(_row, places, variants)), _count(root))
+    base = {id(p): p.numel() * p.element_size() for p in _base_parameters(root)}
+    return Plan(name, variant, tuple(map(_row, places, variants)), _count(root), sum(base.values()))
 
 
 def _row(place: Place, variant: Variant) -> Row:
@@ -155,12 +166,17 @@ def _row(place: Place, variant: Variant) -> Row:
         kind=place.kind.name,
         weight=tuple(weight.shape),
         tensors={name: tuple(tensor.shape) for name, tensor in update.named_parameters()},
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in update.parameters()),
         applied="beside" if place.mode == "beside" else "in the weight",
         note="; ".join([*notes, *([caution] if caution else [])]),
     )
 
 
 def _count(model: nn.Module) -> int:
-    """The base's parameters, without those of adapters."""
+    return sum(p.numel() for p in _base_parameters(model))
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The base's parameters, each once, without those of adapters."""
     added = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in added and not is_lazy(p))
+    return [p for p in model.parameters() if id(p) not in added and not is_lazy(p)]

@@ -26,6 +26,11 @@ class Probed:
     train: Effect
     eval: Effect
 
+    @property
+    def ok(self) -> bool:
+        """Whether the update reached the output in both."""
+        return self.train == self.eval == "effective"
+
 
 @dataclass(frozen=True)
 class ProbeReport:
@@ -37,7 +42,7 @@ class ProbeReport:
     @property
     def ok(self) -> bool:
         """Whether every update reached the output, in train and in eval mode."""
-        return bool(self.weights) and all(row.train == row.eval == "effective" for row in self.weights)
+        return bool(self.weights) and all(row.ok for row in self.weights)
 
     def __str__(self) -> str:
         return f"{self.name}\n" + table(
