@@ -16,13 +16,14 @@ from lorakit.merge import merge, merged
 from lorakit.probe import probe
 from lorakit.resident import adapter_parameter_groups, adapter_parameters, adapters, set_trainable
 from lorakit.switch import activate, active, disabled
-from lorakit.variants import AdaLoRA, DoRA, LoHa, LoKr, LoRA, LoRAFA, LowRankParametrization, VeRA
+from lorakit.variants import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, LowRankParametrization, Rows, VeRA
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA",
     "DoRA",
+    "Full",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -30,6 +31,7 @@ __all__ = [
     "LorakitError",
     "LowRankParametrization",
     "RankBudget",
+    "Rows",
     "VeRA",
     "activate",
     "active",

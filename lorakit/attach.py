@@ -1,7 +1,7 @@
 """Put an adapter on a model, and take it off again."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ def plan(
     name: str = "default",
     ranks: Pattern | None = None,
     alphas: Pattern | None = None,
+    train_also: Targets | None = None,
+    train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """What `attach` would do with the same arguments; `print` it for a table. Changes nothing."""
-    return draw_up(model, variant, targets, exclude, mode, name, ranks, alphas)[0]
+    return draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)[0]
 
 
 def attach(
@@ -42,6 +44,8 @@ def attach(
     name: str = "default",
     ranks: Pattern | None = None,
     alphas: Pattern | None = None,
+    train_also: Targets | None = None,
+    train_rows: Mapping[str, Sequence[int]] | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     original: nn.Module | None = None,
@@ -65,6 +69,9 @@ def attach(
         name: what to call the adapter: no dot, space or path separator.
         ranks: other ranks by pattern, as for `targets`: {"*.q_proj": 16}. The last pattern that matches counts.
         alphas: other alphas, likewise. Without an alpha the scale of each weight is 1, whatever its rank.
+        train_also: what is trained as a whole beside it, with the patterns of `targets`: modules with all that they
+            hold (a head, a norm), or parameters (a bias). As a copy: the base keeps its own. Comes before `targets`.
+        train_rows: rows trained as a whole, such as new tokens of an embedding: {"embed": [50257, 50258]}.
         data: for an init that is computed from data: batches that the model is called with (a mapping by name, a
             tuple or list in order), or that `loss` takes. They are run on the base, in the mode the model is in.
         loss: a function (model, batch) -> loss.
@@ -83,7 +90,7 @@ def attach(
         >>> report = attach(model, LoRA(rank=8), targets="0")
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     """
-    report, chosen = draw_up(model, variant, targets, exclude, mode, name, ranks, alphas)
+    report, chosen = draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
         evidence = gather(Sources(model, data, loss, original), chosen)
         additions = [

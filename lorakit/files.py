@@ -7,7 +7,6 @@ files understand. What PEFT has no field for (how each weight is adapted, finger
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
-from lorakit.header import Header, WeightEntry, file_key, parse_header
+from lorakit.header import Header, WeightEntry, file_key, parse_header, variant_to_json
 from lorakit.loading import build_additions
 from lorakit.peft_config import header_from_peft, peft_config, peft_disagreements
 from lorakit.plan import Plan
@@ -42,10 +41,10 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
     check_complete(root, state, name)
-    names = state.variants[name].file_names
     return {
-        file_key(site.path, site.parameter, names[tensor], site.adapted.kind.lookup): value
+        file_key(site.path, site.parameter, variant.file_names[tensor], site.adapted.kind.lookup): value
         for site in sites(root, name)
+        for variant in [state.weights[name][site.name]]
         for tensor, value in site.adapted[name].saved().items()
     }
 
@@ -90,12 +89,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
 def _entries(root: nn.Module, state: State, name: str) -> tuple[WeightEntry, ...]:
     """What the header says of each weight."""
-    common = asdict(state.variants[name])
     entries = []
     for site in sites(root, name):
-        mine = asdict(state.weights[name][site.name])
-        own = {key: value for key, value in mine.items() if value != common[key]}
-        entries.append(WeightEntry.of(site, name, own))
+        mine = state.weights[name][site.name]
+        entries.append(WeightEntry.of(site, name, None if mine == state.variants[name] else variant_to_json(mine)))
     return tuple(entries)
 
 
@@ -154,6 +151,7 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     config = read_json_object(path / _CONFIG) if (path / _CONFIG).exists() or "lorakit" not in metadata else None
     if "lorakit" not in metadata:
         assert config is not None
+        tensors = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in tensors.items()}
         header = header_from_peft(config, tensors, path)
         return header, {key: tensor for key, tensor in tensors.items() if key not in header.variant.shared_names}
     header = parse_header(metadata["lorakit"], str(path / _TENSORS))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.errors import LorakitError
@@ -30,16 +30,16 @@ class WeightEntry:
     dtype: str | None
     sample: str | None
     """The base weight's fingerprint."""
-    own: Mapping[str, Any] = field(default_factory=dict)
-    """The hyper-parameters in which it differs from the adapter's variant, such as {"rank": 16}."""
+    variant: Mapping[str, Any] | None = None
+    """Its own variant, as `variant_to_json` has it; None if it is the adapter's."""
 
     @classmethod
-    def of(cls, site: Site, name: str, own: Mapping[str, Any]) -> "WeightEntry":
+    def of(cls, site: Site, name: str, variant: Mapping[str, Any] | None) -> "WeightEntry":
         """The entry for a live weight."""
         weight = base_weight(site.layer, site.parameter)
         mode = site.adapted[name].mode
         dtype = str(weight.dtype).removeprefix("torch.")
-        return cls(site.path, site.parameter, mode, tuple(weight.shape), dtype, fingerprint(weight), own)
+        return cls(site.path, site.parameter, mode, tuple(weight.shape), dtype, fingerprint(weight), variant)
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class WeightEntry:
 def file_key(path: str, parameter: str, file_name: str, lookup: bool) -> str:
     """The key of a tensor, as PEFT has it: a layer's own weight goes by the layer's name, look-ups have names apart."""
     file_name = LOOKUP_NAMES.get(file_name, file_name) if lookup else file_name
-    parts = (path, "" if parameter == "weight" else parameter, file_name)
+    parts = (path, "" if parameter == "weight" and file_name else parameter, file_name)
     return PREFIX + ".".join(part for part in parts if part)
 
 
@@ -66,7 +66,7 @@ class Header:
 
     def variant_of(self, entry: WeightEntry) -> Variant:
         """The variant of one weight."""
-        return replace(self.variant, **entry.own) if entry.own else self.variant
+        return self.variant if entry.variant is None else variant_from_json(entry.variant)
 
     def to_json(self) -> str:
         """The text that `parse_header` reads."""
@@ -74,11 +74,22 @@ class Header:
             {
                 "version": _VERSION,
                 "name": self.name,
-                "variant": {"type": type(self.variant).__name__, **asdict(self.variant)},
+                "variant": variant_to_json(self.variant),
                 "weights": [asdict(entry) for entry in self.weights],
             },
             separators=(",", ":"),
         )
+
+
+def variant_to_json(variant: Variant) -> dict[str, Any]:
+    """Its name and its hyper-parameters."""
+    return {"type": type(variant).__name__, **asdict(variant)}
+
+
+def variant_from_json(raw: Mapping[str, Any]) -> Variant:
+    """The inverse of `variant_to_json`."""
+    fields = dict(raw)
+    return VARIANTS[fields.pop("type")](**fields)
 
 
 def parse_header(text: str, where: str) -> Header:
@@ -91,11 +102,8 @@ def parse_header(text: str, where: str) -> Header:
     if raw.get("version") != _VERSION:
         raise LorakitError(f"{where} has a header of version {raw.get('version')!r}; this lorakit reads {_VERSION}")
     try:
-        fields = dict(raw["variant"])
-        variant = VARIANTS[fields.pop("type")](**fields)
+        variant = variant_from_json(raw["variant"])
         weights = tuple(_entry(entry) for entry in raw["weights"])
-        for entry in weights:
-            replace(variant, **entry.own)
         name = raw["name"]
         if not isinstance(name, str):
             raise TypeError("the name is no string")
@@ -114,6 +122,6 @@ def _entry(raw: Mapping[str, Any]) -> WeightEntry:
         raise TypeError(f"shape {raw['shape']!r}")
     if entry.sample is not None and not isinstance(entry.sample, str):
         raise TypeError(f"sample {entry.sample!r}")
-    if not isinstance(entry.own, dict):
-        raise TypeError(f"own {entry.own!r}")
+    if entry.variant is not None:
+        variant_from_json(entry.variant)
     return entry

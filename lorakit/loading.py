@@ -13,7 +13,7 @@ from lorakit.header import Header, WeightEntry, file_key
 from lorakit.layers import Update, accumulation_dtype
 from lorakit.plan import Plan, plan_of
 from lorakit.targets import Index, Place, place_of
-from lorakit.variants import Variant
+from lorakit.variants import Full, Variant
 
 
 @torch.inference_mode(False)
@@ -26,8 +26,7 @@ def build_additions(
         LorakitError: it does not fit; the message lists everything that is wrong.
     """
     problems: list[str] = []
-    places: list[Place] = []
-    variants: list[Variant] = []
+    chosen: list[tuple[Place, Variant]] = []
     additions: list[Addition] = []
     left = dict(tensors)
     if any(parameter.is_meta for parameter in root.parameters()):
@@ -38,7 +37,8 @@ def build_additions(
     found: list[tuple[WeightEntry, Place]] = []
     for entry in header.weights:
         try:
-            found.append((entry, place_of(index, entry.path, entry.parameter, entry.mode)))
+            whole = isinstance(header.variant_of(entry), Full)
+            found.append((entry, place_of(index, entry.path, entry.parameter, entry.mode, whole)))
         except LorakitError as error:
             problems.append(str(error))
             _forget(left, header, entry)
@@ -57,14 +57,13 @@ def build_additions(
             continue
         mine = _take(left, header, entry, update.saved(), place.kind.lookup)
         problems += _fill(update, mine, place, header, entry)
-        places.append(place)
-        variants.append(variant)
+        chosen.append((place, variant))
         additions.append(Addition(place.layer, place.kind, update, variant))
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
-    return plan_of(root, header.variant, places, variants, name), additions
+    return plan_of(root, header.variant, chosen, name), additions
 
 
 Found = dict[str, tuple[str, Tensor | None]]
@@ -75,7 +74,7 @@ def _take(
     left: dict[str, Tensor], header: Header, entry: WeightEntry, wanted: Mapping[str, Tensor], lookup: bool
 ) -> Found:
     """The tensors of one weight, taken out of those that are left."""
-    names = header.variant.file_names
+    names = header.variant_of(entry).file_names
     return {
         tensor: (key, left.pop(key, None))
         for tensor in wanted
@@ -85,7 +84,7 @@ def _take(
 
 def _forget(left: dict[str, Tensor], header: Header, entry: WeightEntry) -> None:
     """Take out whatever one weight may have: what is wrong with it was said."""
-    for name in header.variant.file_names.values():
+    for name in header.variant_of(entry).file_names.values():
         for lookup in (False, True):
             left.pop(file_key(entry.path, entry.parameter, name, lookup), None)
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Adapters
+from lorakit.layers import Adapters, CalledKind
 from lorakit.state import check_addition, root_of
 from lorakit.tables import shape, size, table
-from lorakit.targets import Place, RequestedMode, Targets, resolve, selected
-from lorakit.variants import Variant
+from lorakit.targets import Place, RequestedMode, Targets, resolve, selected, wholes
+from lorakit.variants import Full, Rows, Variant
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def draw_up(
     name: str,
     ranks: Pattern | None = None,
     alphas: Pattern | None = None,
+    train_also: Targets | None = None,
+    train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Plan, list[tuple[Place, Variant]]]:
     """The plan for these arguments, and its places in the same order, each with what it gets.
 
@@ -120,12 +122,39 @@ def draw_up(
         raise LorakitError(
             f"adapters were attached to a part of this {type(model).__name__}: attach to that part, or detach it first"
         )
-    places = resolve(root, targets, exclude, mode)
-    variant = variant.fit([place.kind.matrix_shape(place.weight) for place in places])
+    extra = _extra(root, train_also, train_rows)
+    taken = {(id(place.layer), place.kind.parameter) for place, _ in extra}
+    places = [
+        place for place in resolve(root, targets, exclude, mode) if (id(place.layer), place.kind.parameter) not in taken
+    ]
+    if places:
+        variant = variant.fit([place.kind.matrix_shape(place.weight) for place in places])
     variants = [variant] * len(places)
     for field, patterns in (("rank", ranks), ("alpha", alphas)):
-        variants = _varied(root, variants, places, field, patterns or {})
-    return plan_of(root, variant, places, variants, name), list(zip(places, variants, strict=True))
+        variants = _varied(root, variants, places, field, {} if patterns is None else patterns)
+    chosen = [*zip(places, variants, strict=True), *extra]
+    return plan_of(root, variant, chosen, name), chosen
+
+
+def _extra(
+    root: nn.Module, train_also: Targets | None, train_rows: Mapping[str, Sequence[int]] | None
+) -> list[tuple[Place, Variant]]:
+    """What is trained as a whole, or in rows. It comes before `targets`, which may select it too ("all-linear")."""
+    extra: dict[tuple[int, str], tuple[Place, Variant]] = {}
+    if train_rows is not None and not isinstance(train_rows, Mapping):
+        raise LorakitError(f"train_rows={train_rows!r} must map patterns to rows, such as {{'embed': [7, 8]}}")
+    for pattern, rows in (train_rows or {}).items():
+        for place in resolve(root, pattern, None, "auto"):
+            beside = isinstance(place.kind, CalledKind) and place.kind.takes == "indices"
+            extra[id(place.layer), place.kind.parameter] = (
+                replace(place, mode="beside" if beside else "weight"),
+                Rows(tuple(rows)),
+            )
+    for place in wholes(root, train_also) if train_also is not None else ():
+        if (id(place.layer), place.kind.parameter) in extra:
+            raise LorakitError(f"{place.parameter!r} is selected by train_also and by train_rows: choose one")
+        extra[id(place.layer), place.kind.parameter] = place, Full()
+    return list(extra.values())
 
 
 def _varied(
@@ -146,10 +175,10 @@ def _varied(
     return varied
 
 
-def plan_of(root: nn.Module, variant: Variant, places: Sequence[Place], variants: Sequence[Variant], name: str) -> Plan:
+def plan_of(root: nn.Module, variant: Variant, chosen: Sequence[tuple[Place, Variant]], name: str) -> Plan:
     """The plan for adapting these places, each with its variant."""
     base = {id(p): p.numel() * p.element_size() for p in _base_parameters(root)}
-    return Plan(name, variant, tuple(map(_row, places, variants)), _count(root), sum(base.values()))
+    return Plan(name, variant, tuple(_row(place, mine) for place, mine in chosen), _count(root), sum(base.values()))
 
 
 def _row(place: Place, variant: Variant) -> Row:

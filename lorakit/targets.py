@@ -88,8 +88,26 @@ def selected(model: nn.Module, pattern: Pattern, places: Sequence[Place]) -> lis
     return [i for i, place in enumerate(places) if matches.has(id(place.layer), place.kind.parameter)]
 
 
-def place_of(index: "Index", path: str, parameter: str, mode: Mode | None) -> Place:
+def wholes(model: nn.Module, patterns: Targets) -> list[Place]:
+    """Every parameter that the patterns name, and every one in the modules that they name; in the weight."""
+    index = Index(model)
+    places: dict[tuple[int, str], Place] = {}
+    for pattern in _patterns(patterns, "train_also"):
+        for key, parameter in _matches(index, pattern):
+            below = [("", index.modules[key])] if parameter is not None else layers_of(index.modules[key])
+            for module in {id(module): module for _, module in below}.values():
+                for own in [parameter] if parameter is not None else list(_parameter_names(module)):
+                    kind = _kind_of_parameter(module, own, whole=True)
+                    places[id(module), own] = _placed(index, id(module), kind, "weight", whole=True)
+    if not places:
+        raise LorakitError(f"train_also={patterns!r} selects no parameter")
+    return list(places.values())
+
+
+def place_of(index: "Index", path: str, parameter: str, mode: Mode | None, whole: bool = False) -> Place:
     """The weight of this layer and name, as a file gives them; `mode` as it was adapted, if that is known.
+
+    If it is trained as a whole it need not be a matrix.
 
     Raises:
         LorakitError: the model has no such weight, or it cannot be adapted so.
@@ -100,13 +118,14 @@ def place_of(index: "Index", path: str, parameter: str, mode: Mode | None) -> Pl
     layer = index.modules[key]
     if parameter not in _parameter_names(layer):
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
-    return _placed(index, key, _kind_of_parameter(layer, parameter), "auto" if mode is None else mode)
+    kind = _kind_of_parameter(layer, parameter, whole)
+    return _placed(index, key, kind, mode or ("weight" if whole else "auto"), whole)
 
 
-def _kind_of_parameter(layer: nn.Module, parameter: str) -> Kind:
+def _kind_of_parameter(layer: nn.Module, parameter: str, whole: bool = False) -> Kind:
     """The layer's own kind for its own weight; for any other parameter the general one."""
     kind = kind_of(layer)
-    return kind if kind is not None and kind.parameter == parameter else Parameter(parameter)
+    return kind if kind is not None and kind.parameter == parameter else Parameter(parameter, flat=whole)
 
 
 class Index:
@@ -252,13 +271,13 @@ def _place(index: Index, key: int, parameter: str | None, mode: RequestedMode, p
     return _placed(index, key, kind, mode)
 
 
-def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
+def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool = False) -> Place:
     """The weight of a known kind, checked to be one that can be adapted in this mode."""
     module, names = index.modules[key], tuple(index.names[key])
     if mode == "beside" and not isinstance(kind, CalledKind):
         raise _only_read(join(names[0], kind.parameter))
     called = isinstance(kind, CalledKind) and mode != "weight"
-    _check_weight(module, kind, names[0])
+    _check_weight(module, kind, names[0], whole)
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
     if not called and not settled:
         raise LorakitError(
@@ -286,7 +305,7 @@ def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
     return LorakitError(f"{what}: it has no weight; name a layer that has one, or a parameter")
 
 
-def _check_weight(module: nn.Module, kind: Kind, path: str) -> None:
+def _check_weight(module: nn.Module, kind: Kind, path: str, whole: bool) -> None:
     name = join(path, kind.parameter)
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
@@ -297,5 +316,5 @@ def _check_weight(module: nn.Module, kind: Kind, path: str) -> None:
         raise LorakitError(f"cannot adapt {name!r}: its shape is not known yet; run the model once first")
     if not weight.dtype.is_floating_point:
         raise LorakitError(f"cannot adapt {name!r}: its dtype is {weight.dtype}; LoRA needs a floating-point weight")
-    if weight.dim() < 2 or 0 in weight.shape:
+    if (weight.dim() < 2 and not whole) or 0 in weight.shape:
         raise LorakitError(f"cannot adapt {name!r}: its shape {tuple(weight.shape)} is no matrix")

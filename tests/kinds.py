@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorakit import AdaLoRA, DoRA, LoHa, LoKr, LoRA, LoRAFA, VeRA
+from lorakit import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, Rows, VeRA
 from lorakit.variants import Variant
 
 
@@ -137,8 +137,14 @@ def floats(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def tokens(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
-    """One input of indices below 7."""
-    return lambda: (torch.randint(0, 7, shape),)
+    """One input of indices below 7, 0 and 1 among them."""
+
+    def make() -> tuple[Tensor, ...]:
+        indices = torch.randint(0, 7, shape)
+        indices.view(-1)[:2] = torch.tensor([0, 1])
+        return (indices,)
+
+    return make
 
 
 def padded() -> tuple[Tensor, ...]:
@@ -239,6 +245,8 @@ VARIANTS: dict[str, Variant] = {
     "lokr": LoKr(rank=1, alpha=2),
     "lokr-both": LoKr(rank=1, factor=2, decompose_both=True),
     "adalora": AdaLoRA(rank=2, alpha=3),
+    "full": Full(),
+    "rows": Rows((0, 1)),
 }
 """Every variant, and every start that LoRA has: all laws hold for each with each case."""
 

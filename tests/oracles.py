@@ -74,6 +74,21 @@ def _(variant: lk.VeRA, plain: nn.Module, weight: str, t: Tensors) -> Tensor:
 
 
 @delta.register
+def _(variant: lk.Full, plain: nn.Module, weight: str, t: Tensors) -> Tensor:
+    layer, change = plain.get_submodule(weight.rpartition(".")[0]), t["value"] - plain.get_parameter(weight).detach()
+    padding = getattr(layer, "padding_idx", None)
+    return change if padding is None else change.index_fill(0, torch.tensor(padding), 0.0)
+
+
+@delta.register
+def _(variant: lk.Rows, plain: nn.Module, weight: str, t: Tensors) -> Tensor:
+    change = torch.zeros_like(plain.get_parameter(weight), dtype=t["value"].dtype)
+    for row, value in zip(variant.rows, t["value"], strict=True):
+        change = change.index_put((torch.tensor(row),), value - plain.get_parameter(weight)[row].detach())
+    return change
+
+
+@delta.register
 def _(variant: lk.LoHa, plain: nn.Module, weight: str, t: Tensors) -> Tensor:
     return from_matrix(plain, weight, scale_of(variant) * (t["B1"] @ t["A1"]) * (t["B2"] @ t["A2"]))
 

@@ -232,8 +232,6 @@ def test_merging_gives_peft_s_weights():
 
 
 UNREAD = {
-    "modules-to-save": {"target_modules": ["0"], "modules_to_save": ["2"]},
-    "bias": {"bias": "lora_only"},
     "target-parameters": {"target_modules": [], "target_parameters": ["0.weight"]},
 }
 

@@ -58,7 +58,7 @@ def test_a_plan_of_a_model_too_large_to_hold():
 def test_a_plan_prints_every_fact_it_holds():
     model = nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 10))
     text = str(lk.plan(model, lk.LoRA(rank=16), ["0", "2.weight"], name="digits"))
-    first, header, *rows, last = text.splitlines()
+    first, header, *rows, last, adam = text.splitlines()
     assert first.startswith("digits: LoRA(rank=16")
     assert header.split() == ["layer", "kind", "W", "A", "B", "applied", "parameters", "of", "W", "note"]
     assert rows[0].split()[:6] == ["0", "Linear", "1000×784", "16×784", "1000×16", "beside"]
@@ -67,6 +67,7 @@ def test_a_plan_prints_every_fact_it_holds():
     assert "in the weight" in rows[1]
     assert "rank 16 is above min(d, k) = 10" in rows[1]
     assert "44,704 new numbers beside 795,010 frozen ones: 5.623%" in last
+    assert adam == "Adam's state: 357.6 kB; 6.4 MB to train all of the base"
     assert "note" not in str(lk.plan(model, lk.LoRA(rank=1)))
 
 

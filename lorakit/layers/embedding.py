@@ -7,7 +7,7 @@ maximum), the update acts in the weight, which that then applies to.
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from typing import ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Embedding(_Table, CalledKind):
     """`nn.Embedding`: a look-up."""
 
     name: ClassVar[str] = "Embedding"
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "indices"
     padding_idx: int | None
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import singledispatch
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,9 @@ class CalledKind(Kind):
 
     arguments: ClassVar[tuple[str, ...]] = ()
     """The names of forward's arguments, if what is beside the call needs more than the first."""
-    takes_vectors: ClassVar[bool] = False
-    """Whether the first input is (..., k): rows to which the matrix is applied, and nothing else."""
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "other"
+    """What the first input is, if nothing else is done with it: vectors (..., k) that the matrix is applied to, or
+    indices (...) of its columns, of which each is returned."""
 
     @abstractmethod
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

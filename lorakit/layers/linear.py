@@ -1,7 +1,7 @@
 """`nn.Linear`: W is (out, in), so d = out and k = in."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Linear(LastAxisKind):
     """A linear layer that is called. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Linear"
-    takes_vectors: ClassVar[bool] = True
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
     parameter: str = "weight"
     is_linear: bool = True
 

@@ -1,7 +1,7 @@
 """Transformers' `Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ class TransposedLinear(LastAxisKind):
     """A linear layer whose weight is (in, out): d = out, k = in. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Conv1D (transformers)"
-    takes_vectors: ClassVar[bool] = True
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
     parameter: str = "weight"
     is_linear: bool = True
 

@@ -2,6 +2,7 @@
 
 from lorakit.variants.adalora import AdaLoRA, TripletUpdate
 from lorakit.variants.dora import DoRA
+from lorakit.variants.full import Full, Rows
 from lorakit.variants.loha import LoHa
 from lorakit.variants.lokr import LoKr
 from lorakit.variants.lora import LoRA, LowRankParametrization
@@ -18,12 +19,14 @@ __all__ = [
     "DoRA",
     "Evidence",
     "FactoredUpdate",
+    "Full",
     "LoHa",
     "LoKr",
     "LoRA",
     "LoRAFA",
     "LowRank",
     "LowRankParametrization",
+    "Rows",
     "TripletUpdate",
     "Variant",
     "VeRA",

@@ -38,7 +38,7 @@ def start(spec: LowRank, kind: Kind, weight: Tensor, evidence: Tensor | None, *,
     dtype = accumulation_dtype(weight.dtype)
     A = torch.zeros(a_shape, dtype=dtype, device=weight.device)
     B = torch.zeros(b_shape, dtype=dtype, device=weight.device)
-    if spec.needs == "inputs" and not getattr(kind, "takes_vectors", False):
+    if spec.needs == "inputs" and getattr(kind, "takes", "other") != "vectors":
         raise LorakitError(
             f"init={spec.init!r} takes principal directions of a layer's input vectors, and a {kind.name} has none; "
             "adapt linear layers so, or use another init"
