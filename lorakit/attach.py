@@ -3,12 +3,12 @@
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.change import Addition, add, drop, drop_all
 from lorakit.plan import Plan, draw_up
 from lorakit.state import require
-from lorakit.targets import RequestedMode, Targets
+from lorakit.targets import Place, RequestedMode, Targets
 from lorakit.variants import Variant
 
 
@@ -65,17 +65,23 @@ def attach(
     report, places = draw_up(model, variant, targets, exclude, mode, name)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
         additions = [
-            Addition(place.layer, place.kind, variant.build(place.kind, place.weight, place.mode)) for place in places
+            Addition(place.layer, place.kind, variant.build(place.kind, _given(place, variant), place.mode))
+            for place in places
         ]
     cautions = [
         f"{place.label!r}: {caution}"
         for place in places
-        if (caution := variant.caution(place.kind, place.weight)) is not None
+        if (caution := variant.caution(place.kind, place.outline)) is not None
     ]
     add(model, name, variant, additions, trainable=True)
     if cautions:
         warnings.warn("; ".join(cautions), stacklevel=2)
     return report
+
+
+def _given(place: Place, variant: Variant) -> Tensor:
+    """What a variant builds from. A quantized weight is only dequantized for one that looks at its values."""
+    return place.weight if variant.reads_weight else place.outline
 
 
 def detach(model: nn.Module) -> None:

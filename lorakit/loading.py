@@ -10,7 +10,7 @@ from lorakit.change import Addition
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry, file_key
-from lorakit.layers import Update, accumulation_dtype
+from lorakit.layers import Update, accumulation_dtype, stored_dtype, stored_tensors
 from lorakit.plan import Plan, plan_of
 from lorakit.targets import Index, Place, place_of
 from lorakit.variants import LoRA, Variant
@@ -46,7 +46,7 @@ def build_additions(
         mine = _take(left, header, entry, place.kind.lookup)
         try:
             problems += _base_problems(place, entry, check_values)
-            sketch = torch.empty_like(place.weight, device="meta")
+            sketch = torch.empty_like(place.outline, device="meta")
             variant = _variant_at(place, header.variant)
             update = variant.build(place.kind, sketch, place.mode)
         except LorakitError as error:
@@ -87,7 +87,7 @@ def _fill(update: Update, mine: Found, place: Place, header: Header, entry: Weig
         elif value is not None:
             # Copied out of the file's memory, whose alignment could change how a product rounds.
             dtype = value.dtype if header.ours else accumulation_dtype(value.dtype)
-            setattr(update, tensor, nn.Parameter(value.to(place.weight.device, dtype, copy=True)))
+            setattr(update, tensor, nn.Parameter(value.to(place.outline.device, dtype, copy=True)))
     dtypes = sorted({str(value.dtype) for _, value in mine.values() if value is not None})
     if len(dtypes) > 1:
         problems.append(f"the tensors of {entry.name!r} are of several dtypes: {', '.join(dtypes)}")
@@ -113,19 +113,19 @@ def _tensor_problem(key: str, value: Tensor | None, wanted: Tensor) -> str | Non
 
 def _base_problems(place: Place, entry: WeightEntry, check_values: bool) -> list[str]:
     """How the base differs from the one in the file's header, if it says."""
-    weight = place.weight
+    weight = place.outline
     if entry.shape is None:
         return []
     if tuple(weight.shape) != entry.shape:
         return [f"{entry.name!r} is {tuple(weight.shape)} here and was {entry.shape} when saved"]
     if not check_values or entry.sample is None or weight.is_meta:
         return []
-    dtype = str(weight.dtype).removeprefix("torch.")
+    dtype = stored_dtype(place.layer, place.kind)
     if dtype != entry.dtype:
         return [
             f"{entry.name!r} is {dtype} here and was {entry.dtype} when saved; if this is the same base in another "
             "dtype, use verify='off'"
         ]
-    if fingerprint(weight) != entry.sample:
+    if fingerprint(*stored_tensors(place.layer, place.kind.parameter)) != entry.sample:
         return [f"{entry.name!r} has other values than the base this adapter was trained on"]
     return []

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Adapters
-from lorakit.state import check_addition, root_of
+from lorakit.layers import Foreign, kind_of
+from lorakit.state import check_addition, layers_of, root_of
 from lorakit.tables import shape, table
 from lorakit.targets import Place, RequestedMode, Targets, resolve
 from lorakit.variants import Variant
@@ -56,7 +56,7 @@ class Plan:
     @property
     def percent(self) -> float:
         """The adapter's numbers in percent of the base's."""
-        return 100 * self.parameters / self.base_parameters
+        return 100 * self.parameters / self.base_parameters if self.base_parameters else math.inf
 
     def __str__(self) -> str:
         tensors = list(dict.fromkeys(name for row in self.rows for name in row.tensors))
@@ -114,13 +114,15 @@ def plan_of(
 
 
 def _row(place: Place, variant: Variant) -> Row:
-    weight = place.weight
+    weight = place.outline
     sketch = torch.empty_like(weight, device="meta")
     try:
         update = variant.build(place.kind, sketch, place.mode)
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None
     notes = [f"also {name}" for name in place.names[1:]] + [f"tied to {name}" for name in place.tied]
+    if isinstance(place.kind, Foreign):
+        notes.append(place.kind.note)
     caution = variant.caution(place.kind, sketch)
     return Row(
         layer=place.label,
@@ -133,6 +135,15 @@ def _row(place: Place, variant: Variant) -> Row:
 
 
 def _count(model: nn.Module) -> int:
-    """The base's parameters, without those of adapters."""
-    added = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in added and not is_lazy(p))
+    """The base's parameters, without those of adapters; of a foreign layer the matrix that it says it is."""
+    owned: dict[int, int] = {}
+    for module in {id(module): module for _, module in layers_of(model)}.values():
+        kind = kind_of(module)
+        if isinstance(kind, Foreign):
+            owned[id(module)] = kind.inputs * kind.outputs
+            # A packed weight has fewer numbers than the matrix that it stands for, or none.
+            owned |= {id(p): 0 for name, p in module._parameters.items() if p is not None and name != "bias"}
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_lazy(parameter):
+                owned.setdefault(id(parameter), parameter.numel())
+    return sum(owned.values())

@@ -10,13 +10,25 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Adapters, CalledKind, Kind, Mode, Parameter, base_weight, kind_of
+from lorakit.layers import (
+    Adapters,
+    CalledKind,
+    Foreign,
+    Kind,
+    Mode,
+    Parameter,
+    base_weight,
+    dense_weight,
+    kind_of,
+    outline,
+    scheme_of,
+)
 from lorakit.state import join, layers_of
 
 Pattern = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
@@ -53,8 +65,13 @@ class Place:
 
     @property
     def weight(self) -> Tensor:
-        """The weight itself."""
-        return base_weight(self.layer, self.kind.parameter)
+        """The values of the weight, dequantized if it is quantized."""
+        return dense_weight(self.layer, self.kind.parameter)
+
+    @property
+    def outline(self) -> Tensor:
+        """The weight's shape, dtype and device; its values only where they can be had for nothing."""
+        return outline(self.layer, self.kind)
 
 
 def resolve(model: nn.Module, targets: Targets, exclude: Targets | None, mode: RequestedMode) -> list[Place]:
@@ -92,15 +109,19 @@ def place_of(index: "Index", path: str, parameter: str, mode: Mode | None) -> Pl
     if key is None:
         raise LorakitError(f"the model has no layer {path!r}")
     layer = index.modules[key]
-    if parameter not in _parameter_names(layer):
+    own = kind_of(layer)
+    foreign = isinstance(own, Foreign) and own.parameter == parameter  # it need not be a parameter
+    if not foreign and parameter not in _parameter_names(layer):
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
-    return _placed(index, key, _kind_of_parameter(layer, parameter), "auto" if mode is None else mode)
+    kind = own if foreign and mode != "weight" else _kind_of_parameter(layer, parameter)
+    return _placed(index, key, cast(Kind, kind), "auto" if mode is None else mode)
 
 
 def _kind_of_parameter(layer: nn.Module, parameter: str) -> Kind:
-    """The layer's own kind for its own weight; for any other parameter the general one."""
+    """The layer's own kind for its own weight, where it can be read; for any other parameter the general one."""
     kind = kind_of(layer)
-    return kind if kind is not None and kind.parameter == parameter else Parameter(parameter)
+    own = kind is not None and kind.parameter == parameter and not isinstance(kind, Foreign)
+    return cast(Kind, kind) if own else Parameter(parameter)
 
 
 class Index:
@@ -251,6 +272,8 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
     module, names = index.modules[key], tuple(index.names[key])
     if mode == "beside" and not isinstance(kind, CalledKind):
         raise _only_read(join(names[0], kind.parameter))
+    if mode == "weight" and isinstance(kind, Foreign):
+        raise _only_called(module, kind, join(names[0], kind.parameter))
     called = isinstance(kind, CalledKind) and mode != "weight"
     _check_weight(module, kind, names[0])
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
@@ -264,6 +287,14 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
 
 def _only_read(name: str) -> LorakitError:
     return LorakitError(f"{name!r} is read, not called, so nothing can sit beside it; use mode='auto' or 'weight'")
+
+
+def _only_called(module: nn.Module, kind: Foreign, name: str) -> LorakitError:
+    why = f"it is quantized ({kind.scheme})" if kind.scheme else f"a {type(module).__name__} may use it in its own way"
+    cure = "" if kind.scheme else ", or name the parameter itself"
+    return LorakitError(
+        f"{name!r} cannot be adapted in the weight: {why}; adapt the layer beside its call, with mode='auto'{cure}"
+    )
 
 
 def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
@@ -286,9 +317,16 @@ def _check_weight(module: nn.Module, kind: Kind, path: str) -> None:
         raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
     if hasattr(module, "lora") and not isinstance(module.lora, Adapters):
         raise LorakitError(f"cannot adapt {name!r}: {type(module).__name__} has a 'lora' of its own, our place")
+    if isinstance(kind, Foreign):
+        return
     weight: Any = base_weight(module, kind.parameter)
     if is_lazy(weight):
         raise LorakitError(f"cannot adapt {name!r}: its shape is not known yet; run the model once first")
+    if (scheme := scheme_of(weight)) is not None:
+        raise LorakitError(
+            f"cannot adapt {name!r}: it is quantized ({scheme}) and no linear layer is called with it; LoRA needs a "
+            f"floating-point weight here, and this one is {weight.dtype}"
+        )
     if not weight.dtype.is_floating_point:
         raise LorakitError(f"cannot adapt {name!r}: its dtype is {weight.dtype}; LoRA needs a floating-point weight")
     if weight.dim() < 2 or 0 in weight.shape:

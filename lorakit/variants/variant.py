@@ -17,6 +17,8 @@ class Variant(ABC):
 
     file_names: ClassVar[Mapping[str, str]]
     """What each trained tensor is called in PEFT's files, after the layer's name."""
+    reads_weight: ClassVar[bool] = False
+    """Whether `build` looks at the weight's values; otherwise a quantized one is given as a shape, its values NaN."""
 
     @abstractmethod
     def peft_fields(self) -> dict[str, Any]:

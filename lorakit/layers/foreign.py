@@ -1,0 +1,142 @@
+"""Linear layers whose weight is not a matrix of floats that torch's `nn.Linear` would read.
+
+Quantized layers (bitsandbytes, torchao, `torch.ao`, and any other library's) and layers of another make: all that is
+asked of one is that it says its sizes, `in_features` and `out_features`, and maps (..., in) to (..., out). How it does
+that, and how it stores its weight, is its own affair: the update sits beside the call (QLoRA: Dettmers et al. 2023,
+arXiv:2305.14314, §3).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.layers.install import base_weight
+from lorakit.layers.kind import CalledKind, Inputs, Kind, kind_of, register_kind, register_late
+from lorakit.layers.stored import called, scheme_of, weight_object
+from lorakit.layers.thin import add_thin_product
+
+
+@final
+@dataclass(frozen=True)
+class Foreign(CalledKind):
+    """A linear layer with a weight of its own make. A is (r, in), B is (out, r); the sizes are the layer's word."""
+
+    name: ClassVar[str] = "Linear (foreign)"
+    inputs: int
+    outputs: int
+    scheme: str | None = None
+    """How the weight is quantized; None if it is not known to be."""
+    parameter: str = "weight"
+    is_linear: bool = True
+
+    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
+        """(out, in)."""
+        return self.outputs, self.inputs
+
+    def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(r, in) and (out, r)."""
+        return (rank, self.inputs), (self.outputs, rank)
+
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """B·A: (out, in)."""
+        return B @ A
+
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
+        x = inputs[0]
+        if not isinstance(y, Tensor) or x.shape[-1] != self.inputs or y.shape[-1] != self.outputs:
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise LorakitError(
+                f"{called(layer)} says it maps (..., {self.inputs}) to (..., {self.outputs}), and gave {got} for "
+                f"{tuple(x.shape)}: it is no linear layer; exclude it"
+            )
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            y = _Severed.apply(y, x, layer)  # type: ignore[no-untyped-call]
+        return add_thin_product(y, x, A, B, scale)
+
+    @property
+    def note(self) -> str:
+        """What a plan says of it."""
+        return f"frozen by quantization: {self.scheme}" if self.scheme else "no nn.Linear: called, its weight unread"
+
+
+class _Severed(torch.autograd.Function):
+    """Y as it is, and an error as soon as a gradient comes back.
+
+    Layers that round their input, or run an inference kernel, give no gradient to it. Whatever trains below would see
+    the part of the gradient that came through the adapter alone, and nothing would say so.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        layer = ctx.layer
+        if getattr(getattr(weight_object(layer), "quant_state", None), "packing_format_for_cpu", False):
+            cure = (
+                "bitsandbytes has reordered its weight for inference on this CPU: load the base again, and set "
+                "support_avx512bf16_for_cpu = False on such layers before the first call"
+            )
+        else:
+            cure = "quantize only the weights (NF4, say) and not the activations, or adapt no layer below it"
+        raise LorakitError(
+            f"{called(layer)} sends no gradient to its input, so what trains below it would get a part of its "
+            f"gradient; {cure}"
+        )
+
+
+def foreign_kind(layer: nn.Module) -> Kind | None:
+    """The kind of a layer that says its sizes; None if it does not, or if it is made of layers that can be adapted."""
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        return None
+    if any(child is not None and _holds_a_layer(child) for child in layer._modules.values()):
+        return None
+    return Foreign(*cast(tuple[int, int], sizes), scheme_of(weight_object(layer)))
+
+
+def _holds_a_layer(module: nn.Module) -> bool:
+    return any(kind_of(part) is not None for part in module.modules())
+
+
+def outline(layer: nn.Module, kind: Kind) -> Tensor:
+    """A tensor with the shape, dtype and device of the weight as the kind sees it: the weight itself where it can be.
+
+    For a foreign layer it holds NaN and takes no memory: it is for building, not for reading (`dense_weight` is).
+    """
+    if not isinstance(kind, Foreign):
+        return base_weight(layer, kind.parameter)
+    weight: Any = weight_object(layer, kind.parameter)
+    held = [weight] if weight is not None else list(layer._parameters.values()) + list(layer._buffers.values())
+    device = next((tensor.device for tensor in held if tensor is not None), torch.device("cpu"))
+    dtypes = [getattr(getattr(weight, "quant_state", None), "dtype", None), getattr(weight, "dtype", None)]
+    plain = (dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point and dtype.itemsize >= 2)
+    empty = torch.full((1, 1), torch.nan, dtype=next(plain, torch.float32), device=device)
+    return empty.expand(kind.outputs, kind.inputs)
+
+
+def stored_dtype(layer: nn.Module, kind: Kind) -> str:
+    """What a file says of how the weight was stored: its dtype, or how it is quantized."""
+    scheme = scheme_of(weight_object(layer, kind.parameter)) if isinstance(kind, Foreign) else None
+    return scheme or str(outline(layer, kind).dtype).removeprefix("torch.")
+
+
+@register_kind
+def _(layer: nn.Module) -> Kind | None:
+    return foreign_kind(layer)
+
+
+@register_late("torch.ao.nn.quantized.modules.linear", "Linear")
+def _(layer: Any) -> Kind | None:
+    return None  # its input is quantized too: nothing of floats can sit beside that
+
+
+@register_late("torch.ao.nn.quantized.dynamic.modules.linear", "Linear")
+def _(layer: Any) -> Kind | None:
+    return foreign_kind(layer)
