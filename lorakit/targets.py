@@ -10,14 +10,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
 from lorakit.layers import (
-    Adapters,
     CalledKind,
     Foreign,
     Kind,
@@ -27,9 +25,9 @@ from lorakit.layers import (
     dense_weight,
     kind_of,
     outline,
-    scheme_of,
 )
 from lorakit.state import join, layers_of
+from lorakit.suitable import check_weight, only_called, only_read
 
 Pattern = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
 Targets = Pattern | Sequence[Pattern]
@@ -256,7 +254,7 @@ def _place(index: Index, key: int, parameter: str | None, mode: RequestedMode, p
     names = tuple(index.names[key])
     if parameter is not None:
         if mode == "beside":
-            raise _only_read(join(names[0], parameter))
+            raise only_read(join(names[0], parameter))
         return _placed(index, key, _kind_of_parameter(module, parameter), "weight")
     kind = kind_of(module)
     if kind is None:
@@ -271,11 +269,11 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
     """The weight of a known kind, checked to be one that can be adapted in this mode."""
     module, names = index.modules[key], tuple(index.names[key])
     if mode == "beside" and not isinstance(kind, CalledKind):
-        raise _only_read(join(names[0], kind.parameter))
+        raise only_read(join(names[0], kind.parameter))
     if mode == "weight" and isinstance(kind, Foreign):
-        raise _only_called(module, kind, join(names[0], kind.parameter))
+        raise only_called(module, kind, join(names[0], kind.parameter))
     called = isinstance(kind, CalledKind) and mode != "weight"
-    _check_weight(module, kind, names[0])
+    check_weight(module, kind, names[0])
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
     if not called and not settled:
         raise LorakitError(
@@ -283,18 +281,6 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
             "before each call (an old weight_norm, say); use torch.nn.utils.parametrizations instead"
         )
     return Place(names, module, kind, "beside" if called else "weight", index.tied(module, kind.parameter))
-
-
-def _only_read(name: str) -> LorakitError:
-    return LorakitError(f"{name!r} is read, not called, so nothing can sit beside it; use mode='auto' or 'weight'")
-
-
-def _only_called(module: nn.Module, kind: Foreign, name: str) -> LorakitError:
-    why = f"it is quantized ({kind.scheme})" if kind.scheme else f"a {type(module).__name__} may use it in its own way"
-    cure = "" if kind.scheme else ", or name the parameter itself"
-    return LorakitError(
-        f"{name!r} cannot be adapted in the weight: {why}; adapt the layer beside its call, with mode='auto'{cure}"
-    )
 
 
 def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
@@ -309,25 +295,3 @@ def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
     if below:
         return LorakitError(f"{what}: it only holds other layers; name those, such as {_some(below)}")
     return LorakitError(f"{what}: it has no weight; name a layer that has one, or a parameter")
-
-
-def _check_weight(module: nn.Module, kind: Kind, path: str) -> None:
-    name = join(path, kind.parameter)
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
-    if hasattr(module, "lora") and not isinstance(module.lora, Adapters):
-        raise LorakitError(f"cannot adapt {name!r}: {type(module).__name__} has a 'lora' of its own, our place")
-    if isinstance(kind, Foreign):
-        return
-    weight: Any = base_weight(module, kind.parameter)
-    if is_lazy(weight):
-        raise LorakitError(f"cannot adapt {name!r}: its shape is not known yet; run the model once first")
-    if (scheme := scheme_of(weight)) is not None:
-        raise LorakitError(
-            f"cannot adapt {name!r}: it is quantized ({scheme}) and no linear layer is called with it; LoRA needs a "
-            f"floating-point weight here, and this one is {weight.dtype}"
-        )
-    if not weight.dtype.is_floating_point:
-        raise LorakitError(f"cannot adapt {name!r}: its dtype is {weight.dtype}; LoRA needs a floating-point weight")
-    if weight.dim() < 2 or 0 in weight.shape:
-        raise LorakitError(f"cannot adapt {name!r}: its shape {tuple(weight.shape)} is no matrix")

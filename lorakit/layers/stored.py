@@ -47,7 +47,7 @@ def weight_object(layer: nn.Module, parameter: str = "weight") -> Tensor | None:
 
 
 def dense_weight(layer: nn.Module, parameter: str = "weight") -> Tensor:
-    """The base weight as plain floats, dequantized if it is quantized, else the weight itself; (d, k) for a linear layer.
+    """The base weight as plain floats: dequantized if it is quantized, else the weight itself; (d, k) if linear.
 
     No update acts in it, and it carries no gradient back to what is quantized.
 
