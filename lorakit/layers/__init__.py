@@ -9,6 +9,7 @@ from lorakit.layers.install import adapters_of, base_weight, check_changeable, i
 from lorakit.layers.kind import CalledKind, Inputs, Kind, accumulation_dtype, kind_of, register_kind, register_late
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.requantize import Requantized, plain_linear, replace_layer, requantized
 from lorakit.layers.stored import dense_weight, scheme_of, stored_tensors
 from lorakit.layers.transposed import TransposedLinear
 
@@ -42,6 +43,7 @@ __all__ = [
     "Mode",
     "Parameter",
     "ReadEmbedding",
+    "Requantized",
     "Selection",
     "TransposedConvolution",
     "TransposedLinear",
@@ -54,8 +56,11 @@ __all__ = [
     "install",
     "kind_of",
     "outline",
+    "plain_linear",
     "register_kind",
     "register_late",
+    "replace_layer",
+    "requantized",
     "scheme_of",
     "stored_dtype",
     "stored_tensors",
