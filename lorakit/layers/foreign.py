@@ -6,7 +6,7 @@ that, and how it stores its weight, is its own affair: the update sits beside th
 arXiv:2305.14314, §3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast, final
 
 import torch
@@ -29,6 +29,8 @@ class Foreign(CalledKind):
     outputs: int
     scheme: str | None = None
     """How the weight is quantized; None if it is not known to be."""
+    differentiable: bool = True
+    """False if the layer is known to give no gradient to its input, though its output may look as if it did."""
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -53,8 +55,9 @@ class Foreign(CalledKind):
                 f"{called(layer)} says it maps (..., {self.inputs}) to (..., {self.outputs}), and gave {got} for "
                 f"{tuple(x.shape)}: it is no linear layer; exclude it"
             )
-        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
-            y = _Severed.apply(y, x, layer)  # type: ignore[no-untyped-call]
+        severed = x.requires_grad and not (y.requires_grad and self.differentiable)
+        if severed and torch.is_grad_enabled():
+            y = _Severed.apply(y.detach(), x, layer)  # type: ignore[no-untyped-call]
         return add_thin_product(y, x, A, B, scale)
 
     @property
@@ -139,4 +142,5 @@ def _(layer: Any) -> Kind | None:
 
 @register_late("torch.ao.nn.quantized.dynamic.modules.linear", "Linear")
 def _(layer: Any) -> Kind | None:
-    return foreign_kind(layer)
+    kind = foreign_kind(layer)
+    return replace(kind, differentiable=False) if isinstance(kind, Foreign) else None

@@ -1,0 +1,407 @@
+"""The laws of the design over quantized and foreign linear layers, as far as their makers' code goes."""
+
+import copy
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import anatomy, assert_close, attached, factors_of, randomize, run_everywhere
+from quantized import (
+    HIDDEN,
+    IN,
+    OUT,
+    QUANTIZED,
+    Packed,
+    assert_same_bits,
+    bits,
+    over_quantized,
+    over_readable,
+    typed_storage,
+)
+from torch import nn
+from torch.nn import functional as F
+
+import lorakit as lk
+from lorakit.layers import dense_weight
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def part(case, seed=0):
+    """One layer of the model, which nothing that trains lies below."""
+    model, x = case.build(seed)
+    return nn.Sequential(model[0]), x
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@over_quantized
+def test_attaching_and_disabling_change_no_bit_and_detaching_leaves_nothing(case):
+    model, x = case.build()
+    before, stored, base = anatomy(model), bits(model), run_everywhere(model, (x,))
+    plan = lk.attach(model, lk.LoRA(rank=2))
+    assert [row.layer for row in plan.rows] == ["0", "2"]
+    assert_equal(run_everywhere(model, (x,)), base)
+    randomize(model)
+    for regime, y in run_everywhere(model, (x,)).items():
+        assert not torch.equal(y, base[regime])
+        assert y.dtype == base[regime].dtype
+    assert_same_bits(bits(model), stored)
+    with lk.disabled(model):
+        assert_equal(run_everywhere(model, (x,)), base)
+    lk.detach(model)
+    assert anatomy(model) == before
+    assert_same_bits(bits(model), stored)
+    assert_equal(run_everywhere(model, (x,)), base)
+
+
+def assert_equal(got, wanted):
+    for regime, y in wanted.items():
+        assert torch.equal(got[regime], y), regime
+
+
+@over_quantized
+def test_the_plan_takes_the_sizes_from_the_layer_and_says_how_it_is_stored(case):
+    model, _ = case.build()
+    plan = lk.plan(model, lk.LoRA(rank=2))
+    first, second = plan.rows
+    assert first.weight == (HIDDEN, IN)
+    assert second.weight == (OUT, HIDDEN)
+    assert first.tensors == {"A": (2, IN), "B": (HIDDEN, 2)}
+    assert {row.applied for row in plan.rows} == {"beside"}
+    for row in plan.rows:
+        assert row.note == (f"frozen by quantization: {case.note}" if case.note else row.note)
+        assert row.note
+    biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
+    assert plan.base_parameters == HIDDEN * IN + OUT * HIDDEN + biases
+    assert case.note in str(plan)
+
+
+@over_quantized
+def test_outputs_and_gradients_are_those_of_the_formula(case):
+    layer, x = part(case)
+    bare = copy.deepcopy(layer).requires_grad_(False)
+    lk.attach(layer, lk.LoRA(rank=2, alpha=3))
+    randomize(layer)
+    ((A, B),) = factors_of(layer).values()
+    assert A.dtype == B.dtype == torch.float32
+    A.requires_grad_()
+    B.requires_grad_()
+    wanted = bare(x) + (1.5 * (x.float() @ A.T) @ B.T).to(x.dtype)
+    got = layer(x)
+    assert relative(got, wanted) < ROUNDING[case.dtype]
+    cotangent = torch.randn_like(wanted)
+    wanted.backward(cotangent)
+    got.backward(cotangent)
+    for mine, theirs in zip(lk.adapter_parameters(layer), (A, B), strict=True):
+        assert relative(mine.grad, theirs.grad) < ROUNDING[case.dtype]
+
+
+@over_readable
+def test_they_are_those_of_the_dense_weight(case):
+    layer, x = part(case)
+    bias = layer[0].bias() if callable(layer[0].bias) else layer[0].bias
+    W = dense_weight(layer[0], "weight")
+    assert W.shape == (HIDDEN, IN)
+    assert W.is_floating_point() and not W.requires_grad
+    limit = 0.05 if case.rounds_inputs else ROUNDING[case.dtype]
+    assert relative(layer(x), F.linear(x, W.to(x.dtype), bias)) < limit
+    attached(layer)
+    assert torch.equal(dense_weight(layer[0], "weight"), W)
+    ((A, B),) = factors_of(layer).values()
+    x, same_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    wanted = F.linear(same_x, (W + B @ A).to(x.dtype), bias)
+    got = layer(x)
+    assert relative(got, wanted) < limit
+    if not case.differentiates:
+        return
+    cotangent = torch.randn_like(wanted)
+    wanted.backward(cotangent)
+    got.backward(cotangent)
+    assert relative(x.grad, same_x.grad) < limit
+
+
+@over_quantized
+def test_only_the_adapter_trains_and_the_base_keeps_every_bit(case):
+    model, x = (case.build if case.differentiates else lambda: part(case))()
+    stored = bits(model)
+    lk.attach(model, lk.LoRA(rank=4))
+    mine = {id(p) for p in lk.adapter_parameters(model)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    target = torch.randn(2, 3, model(x).shape[-1])
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x).float(), target)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (id(parameter) in mine) == (parameter.grad is not None), name
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert_same_bits(bits(model), stored)
+
+
+@over_quantized
+def test_a_part_of_a_gradient_is_refused(case):
+    model, x = case.build()
+    lk.attach(model, lk.LoRA(rank=2))
+    y = model(x)
+    if case.differentiates:
+        y.sum().backward()
+        return
+    with pytest.raises(lk.LorakitError, match="sends no gradient to its input"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+    lk.detach(model)
+    lk.attach(model, lk.LoRA(rank=2), targets="0")  # there is nothing below the first, and nothing above it trains
+    with pytest.raises((lk.LorakitError, RuntimeError)):
+        model(x).sum().backward()
+    lk.detach(model)
+    lk.attach(model, lk.LoRA(rank=2), targets="2")
+    model(x).sum().backward()
+
+
+@over_quantized
+def test_save_then_load_on_a_fresh_copy_is_equal_to_the_bit(case, tmp_path):
+    model, x = case.build()
+    fresh, other = copy.deepcopy(model), case.build(seed=1)[0]
+    plan = lk.attach(model, lk.LoRA(rank=2))
+    randomize(model)
+    for form in ("directory", "file.safetensors"):
+        lk.save(model, tmp_path / form)
+        loaded = lk.load(fresh, tmp_path / form)
+        assert_equal(run_everywhere(fresh, (x,)), run_everywhere(model, (x,)))
+        assert loaded.rows == plan.rows
+        lk.detach(fresh)
+    if case.name == "sealed":  # there is nothing to tell its bases by
+        return
+    with pytest.raises(lk.LorakitError) as caught:
+        lk.load(other, tmp_path / "directory")
+    assert re.findall(r"'([02].weight)' has other values", str(caught.value)) == ["0.weight", "2.weight"]
+    lk.load(other, tmp_path / "directory", verify="off")
+
+
+@over_readable
+def test_an_adapter_moves_to_a_base_that_is_stored_otherwise_only_with_a_word(case, tmp_path):
+    model, _ = case.build()
+    dense = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT, bias=False))
+    lk.save(attached(model), tmp_path / "a")
+    if case.note:
+        with pytest.raises(lk.LorakitError, match=f"is float32 here and was {case.note} when saved"):
+            lk.load(dense, tmp_path / "a")
+    lk.load(dense, tmp_path / "a", verify="off")
+    lk.save(dense, tmp_path / "b")
+    with pytest.raises(lk.LorakitError):
+        lk.load(case.build()[0], tmp_path / "b")
+
+
+@over_quantized
+def test_probe_sees_every_update(case):
+    model, x = case.build()
+    attached(model)
+    stored, before = bits(model), anatomy(model)
+    assert lk.probe(model, x).ok
+    assert_same_bits(bits(model), stored)
+    assert anatomy(model) == before
+
+
+@typed_storage
+@over_quantized
+def test_switching_and_copying(case):
+    model, x = case.build()
+    attached(model, name="a", seed=1)
+    ya = model(x)
+    attached(model, name="b", seed=2)
+    yb = model(x)
+    with lk.active(model, "a"):
+        assert torch.equal(model(x), ya)
+    copies = [copy.deepcopy(model)]
+    if case.pickles:
+        copies.append(pickle.loads(pickle.dumps(model)))
+    for other in copies:
+        assert torch.equal(other(x), yb)
+        lk.activate(other, "a")
+        assert torch.equal(other(x), ya)
+    assert torch.equal(model(x), yb)
+    lk.remove(model, "b")
+    lk.activate(model, "a")
+    assert torch.equal(model(x), ya)
+
+
+@typed_storage
+@pytest.mark.parametrize("case", [case for case in QUANTIZED if case.loads], ids=lambda case: case.name)
+def test_a_base_checkpoint_loads_strictly_and_leaves_the_adapter_alone(case):
+    model, x = case.build()
+    other, _ = case.build(seed=1)
+    checkpoint = copy.deepcopy(other.state_dict())
+    attached(model)
+    attached(other)
+    model.load_state_dict(checkpoint, strict=True)
+    assert_equal(run_everywhere(model, (x,)), run_everywhere(other, (x,)))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "case", [case for case in QUANTIZED if case.compiles and case.dtype == torch.float32], ids=lambda case: case.name
+)
+def test_it_compiles_in_one_graph(case):
+    model, x = part(case)
+    attached(model)
+    with torch.no_grad():
+        y = model(x)
+        torch._dynamo.reset()
+        assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), y)
+
+
+@over_quantized
+def test_in_the_weight_is_refused_with_the_reason(case):
+    model, _ = case.build()
+    before = anatomy(model)
+    for how in ({"mode": "weight"}, {"targets": "2", "mode": "weight"}):
+        with pytest.raises(lk.LorakitError, match="quantized" if case.note else "beside its call"):
+            lk.attach(model, lk.LoRA(rank=2), **how)
+    if case.note:
+        with pytest.raises(lk.LorakitError):
+            lk.attach(model, lk.LoRA(rank=2), targets="0.weight")
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("case", [case for case in QUANTIZED if case.requantizes], ids=lambda case: case.name)
+def test_merging_quantizes_again_and_says_what_it_cost(case):
+    model, x = case.build()
+    attached(model)
+    y, stored, before = model(x), bits(model), anatomy(model)
+    weights = [model[i].weight for i in (0, 2)]
+    with lk.merged(model):
+        inside = model(x)
+        assert not any("lora" in name for name, _ in model.named_modules())
+    assert [model[i].weight is weight for i, weight in zip((0, 2), weights, strict=True)] == [True, True]
+    assert torch.equal(model(x), y)
+    assert_same_bits(bits(model), stored)
+    assert without_hooks(anatomy(model)) == without_hooks(before)
+    W, ((A, B), _) = dense_weight(model[0], "weight"), factors_of(model).values()
+    report = lk.merge(model)
+    merged = dense_weight(model[0], "weight")
+    assert report.weights[0].lost == pytest.approx(relative(merged - W - B @ A + B @ A, B @ A), rel=1e-3)
+    assert 0 < report.weights[0].lost < 0.5
+    assert torch.equal(model(x), inside)
+    assert relative(inside, y) < 0.3
+    assert lk.adapters(model) == {}
+    assert [type(m) for m in model.modules()] == [type(m) for m in case.build()[0].modules()]
+
+
+def without_hooks(seen):
+    """Torch counts hooks up: one that was taken off and put back has another number."""
+    return {
+        path: (cls, {key: [] if key.startswith("_forward_hooks") else value for key, value in own.items()})
+        for path, (cls, own) in seen.items()
+    }
+
+
+@pytest.mark.parametrize("case", [case for case in QUANTIZED if case.requantizes], ids=lambda case: case.name)
+def test_a_small_update_is_lost_in_the_grid_and_merging_says_so(case):
+    model, _ = case.build()
+    attached(model)
+    with torch.no_grad():
+        for parameter in lk.adapter_parameters(model):
+            parameter *= 0.01
+    with pytest.warns(UserWarning, match="dequantize=True"):
+        report = lk.merge(model)
+    assert report.weights[0].lost > 0.5
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in QUANTIZED if not c.requantizes and c.name != "packed"], ids=lambda case: case.name
+)
+def test_where_the_scheme_is_not_known_merging_is_refused(case):
+    model, x = case.build()
+    attached(model)
+    y, before = model(x), anatomy(model)
+    with pytest.raises(lk.LorakitError, match=r"'0\.weight'.*dequantize=True"):
+        lk.merge(model)
+    with pytest.raises(lk.LorakitError, match=r"'0\.weight'"), lk.merged(model):
+        pass
+    assert anatomy(model) == before
+    assert torch.equal(model(x), y)
+
+
+@over_quantized
+def test_merging_into_plain_layers_keeps_the_output(case):
+    model, x = case.build()
+    attached(model)
+    y, before = model(x), anatomy(model)
+    if not case.becomes_plain:
+        with pytest.raises(lk.LorakitError, match=r"'0\.weight'"):
+            lk.merge(model, dequantize=True)
+        assert anatomy(model) == before
+        return
+    report = lk.merge(model, dequantize=True)
+    assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert relative(model(x), y) < (0.05 if case.rounds_inputs else ROUNDING[case.dtype])
+    assert all(row.lost < 1e-2 for row in report.weights)
+    assert lk.adapters(model) == {}
+    model, x = case.build()
+    attached(model)
+    lk.merge(model, dequantize=torch.float64)
+    assert model.double()(x.double()).dtype == torch.float64
+
+
+def test_what_only_looks_like_a_linear_layer_is_not_one():
+    class Mixer(nn.Module):
+        def __init__(self, inside=None):
+            super().__init__()
+            self.in_features, self.out_features = 4, 5
+            if inside is not None:
+                self.inside = inside
+
+        def forward(self, x):
+            return x.sum(-1)
+
+    plan = lk.plan(nn.Sequential(Mixer(nn.Sequential(nn.Linear(4, 5)))), lk.LoRA(rank=1))
+    assert [row.layer for row in plan.rows] == ["0.inside.0"]
+    model = nn.Sequential(Mixer())
+    lk.attach(model, lk.LoRA(rank=1))
+    with pytest.raises(lk.LorakitError, match="says it maps"):
+        model(torch.randn(2, 4))
+    wild = Mixer()
+    wild.in_features = "four"
+    with pytest.raises(lk.LorakitError, match="no linear layer"):
+        lk.plan(nn.Sequential(wild, nn.BatchNorm1d(4)), lk.LoRA(rank=1))
+
+
+def test_a_merge_that_is_not_finite_or_has_no_place_is_refused():
+    (case,) = [case for case in QUANTIZED if case.name == "nf4"]
+    model, _ = case.build()
+    attached(model[0])
+    with pytest.raises(lk.LorakitError, match=r"nn\.Sequential"):
+        lk.merge(model[0], dequantize=True)
+    lk.detach(model[0])
+    attached(model)
+    with torch.no_grad():
+        lk.adapter_parameters(model)[0][0, 0] = torch.inf
+    with pytest.raises(lk.LorakitError, match="NaN or infinity"):
+        lk.merge(model)
+
+
+def test_lorakit_imports_none_of_their_libraries():
+    code = """
+import sys, torch, lorakit as lk
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+lk.attach(model, lk.LoRA(rank=2))
+with lk.merged(model): model(torch.randn(2, 8))
+print(sorted({"bitsandbytes", "torchao", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_layer_without_a_weight_can_say_it_itself():
+    layer = Packed(nn.Linear(IN, OUT))
+    assert torch.equal(dense_weight(layer, "weight"), layer.dequantize())
