@@ -100,7 +100,7 @@ def nf4_tensors(layer: nn.Linear) -> nn.Linear:
 
 
 def torch_dynamic(dtype: torch.dtype) -> Callable[[nn.Sequential], nn.Sequential]:
-    return lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=dtype)
+    return lambda model: torch.ao.quantization.quantize_dynamic(model.requires_grad_(False), {nn.Linear}, dtype=dtype)
 
 
 class Packed(nn.Module):

@@ -160,10 +160,6 @@ def test_a_part_of_a_gradient_is_refused(case):
     with torch.no_grad():
         assert torch.equal(model(x), y)
     lk.detach(model)
-    lk.attach(model, lk.LoRA(rank=2), targets="0")  # there is nothing below the first, and nothing above it trains
-    with pytest.raises((lk.LorakitError, RuntimeError)):
-        model(x).sum().backward()
-    lk.detach(model)
     lk.attach(model, lk.LoRA(rank=2), targets="2")
     model(x).sum().backward()
 

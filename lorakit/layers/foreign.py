@@ -6,7 +6,7 @@ that, and how it stores its weight, is its own affair: the update sits beside th
 arXiv:2305.14314, §3).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast, final
 
 import torch
@@ -29,8 +29,6 @@ class Foreign(CalledKind):
     outputs: int
     scheme: str | None = None
     """How the weight is quantized; None if it is not known to be."""
-    differentiable: bool = True
-    """False if the layer is known to give no gradient to its input, though its output may look as if it did."""
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -55,8 +53,7 @@ class Foreign(CalledKind):
                 f"{called(layer)} says it maps (..., {self.inputs}) to (..., {self.outputs}), and gave {got} for "
                 f"{tuple(x.shape)}: it is no linear layer; exclude it"
             )
-        severed = x.requires_grad and not (y.requires_grad and self.differentiable)
-        if severed and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and _is_severed(y):
             y = _Severed.apply(y.detach(), x, layer)  # type: ignore[no-untyped-call]
         return add_thin_product(y, x, A, B, scale)
 
@@ -64,6 +61,22 @@ class Foreign(CalledKind):
     def note(self) -> str:
         """What a plan says of it."""
         return f"frozen by quantization: {self.scheme}" if self.scheme else "no nn.Linear: called, its weight unread"
+
+
+def _is_severed(y: Tensor) -> bool:
+    """Whether no gradient can pass from a layer's output to its input."""
+    if not y.requires_grad:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    # The node that torch puts after a kernel without a derivative, or behind one more, of a bias or a cast. It has no
+    # type in Python, only this name.
+    node: Any = y.grad_fn
+    for _ in range(2):
+        if node is None or node.name().endswith("NotImplemented"):
+            return node is not None
+        node = node.next_functions[0][0] if node.next_functions else None
+    return False
 
 
 class _Severed(torch.autograd.Function):
@@ -142,5 +155,4 @@ def _(layer: Any) -> Kind | None:
 
 @register_late("torch.ao.nn.quantized.dynamic.modules.linear", "Linear")
 def _(layer: Any) -> Kind | None:
-    kind = foreign_kind(layer)
-    return replace(kind, differentiable=False) if isinstance(kind, Foreign) else None
+    return foreign_kind(layer)  # though it is a subclass of the one above
