@@ -17,6 +17,7 @@ from quantized import (
     Packed,
     assert_same_bits,
     bits,
+    bnb,
     over_quantized,
     over_readable,
     typed_storage,
@@ -384,6 +385,52 @@ def test_a_merge_that_is_not_finite_or_has_no_place_is_refused():
         lk.adapter_parameters(model)[0][0, 0] = torch.inf
     with pytest.raises(lk.LorakitError, match="NaN or infinity"):
         lk.merge(model)
+
+
+def test_a_layer_is_adapted_before_it_is_quantized_or_has_values():
+    for make, wanted in (
+        (lambda: bnb.nn.Linear4bit(64, 64, quant_type="nf4"), "nf4"),
+        (lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False), "int8"),
+    ):
+        with torch.device("meta"):
+            plan = lk.plan(nn.Sequential(make()), lk.LoRA(rank=2))
+        assert plan.rows[0].note.endswith(f"{wanted}, not quantized yet")
+        model = nn.Sequential(make())
+        plan = lk.attach(model, lk.LoRA(rank=2))
+        assert plan.rows[0].note.endswith(f"{wanted}, not quantized yet")
+        randomize(model)
+        model.to("cpu")  # it is now
+        assert lk.probe(model, torch.randn(2, 64)).ok
+        assert lk.plan(model, lk.LoRA(rank=2), name="b").rows[0].note.endswith(wanted)
+
+
+def test_a_layer_that_quantizes_at_each_call_becomes_plain_when_merged():
+    model, x = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True)), torch.randn(2, 64)
+    attached(model)
+    y = model(x)
+    with pytest.raises(lk.LorakitError, match="dequantize=True"):
+        lk.merge(model)
+    lk.merge(model, dequantize=True)
+    assert type(model[0]) is nn.Linear
+    assert relative(model(x), y) < 0.05
+
+
+def test_a_shared_layer_is_replaced_in_every_place():
+    (case,) = [case for case in QUANTIZED if case.name == "nf4"]
+    layer = case.build()[0][0]
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, IN)
+    assert lk.attach(model, lk.LoRA(rank=2)).rows[0].note.startswith("also 2; frozen")
+    randomize(model)
+    y = model(x)
+    lk.merge(model, dequantize=True)
+    assert model[0] is model[2]
+    assert relative(model(x), y) < 1e-5
+
+
+def test_what_is_quantized_and_no_linear_layer_is_refused_by_name():
+    model = nn.Sequential(bnb.nn.Embedding4bit(64, 64, quant_type="nf4")).to("cpu")
+    with pytest.raises(lk.LorakitError, match=r"'0\.weight'.*nf4"):
+        lk.attach(model, lk.LoRA(rank=2), targets="0")
 
 
 def test_lorakit_imports_none_of_their_libraries():

@@ -162,6 +162,30 @@ def test_merging_into_plain_layers_gives_a_model_of_floats_that_says_the_same():
     assert (requantized - y).norm() > 100 * (model(tokens).logits - y).norm()  # what the grid costs
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # what it calls is deprecated in transformers
+def test_an_adapter_that_peft_trained_on_the_same_base_says_the_same_here(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokens = small_llama(), sentences()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    lk.load(model, tmp_path / "theirs", trainable=True)
+    y, wanted = model(tokens).logits, theirs(tokens).logits
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    y.square().mean().backward()
+    wanted.square().mean().backward()
+    grads = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    mine = zip(lk.adapter_state_dict(model), lk.adapter_parameters(model), strict=True)
+    for key, parameter in mine:
+        torch.testing.assert_close(parameter.grad, grads[key], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs stories260K in $LORAKIT_SHARED/models")
 def test_a_pretrained_model_in_nf4_learns_and_generates():
     transformers = pytest.importorskip("transformers")

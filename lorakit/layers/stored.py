@@ -26,7 +26,9 @@ def scheme_of(weight: Any) -> str | None:
         kind = getattr(weight, "quant_type", "4 bits")
         return str(kind) if weight.quant_state is not None else f"{kind}, not quantized yet"
     if hasattr(weight, "SCB"):  # 8 bits by bitsandbytes: one scale for each row
-        return "int8" if weight.dtype == torch.int8 else "int8 at each call"
+        if weight.dtype == torch.int8:
+            return "int8"
+        return "int8 at each call" if getattr(weight, "has_fp16_weights", False) else "int8, not quantized yet"
     if type(weight).dequantize is not Tensor.dequantize:  # a tensor subclass that knows how
         bits = getattr(weight, "target_dtype", None)
         return type(weight).__name__ + (f" of {_word(bits)}" if isinstance(bits, torch.dtype) else "")
