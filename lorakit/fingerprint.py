@@ -29,7 +29,8 @@ def fingerprint(*parts: Tensor) -> str | None:
     digest = hashlib.sha256()
     for part in parts:
         flat = whole(part.detach()).reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+        count = _SAMPLES * (4 if flat.element_size() == 1 else 1)  # a byte of a quantized weight says less
+        places = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).long()
         sample = flat[places.to(flat.device)].cpu().contiguous()
         digest.update(bytes(sample.view(torch.uint8).tolist()))
     return digest.hexdigest()[:32]

@@ -185,7 +185,8 @@ def _result(
     root: nn.Module, site: Site, names: list[str], strengths: dict[str, float], dequantize: bool | torch.dtype
 ) -> tuple[Tensor, Tensor, Result]:
     """W and W + ΔW in at least 32 bits, and what becomes of the weight."""
-    weight, kind = dense_weight(site.layer, site.parameter), site.adapted.kind
+    kind = site.adapted.kind
+    weight = dense_weight(site.layer, kind)
     total = wide = weight.to(accumulation_dtype(weight.dtype))
     with torch.autocast(weight.device.type, enabled=False):
         for name in names:

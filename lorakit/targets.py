@@ -64,7 +64,7 @@ class Place:
     @property
     def weight(self) -> Tensor:
         """The values of the weight, dequantized if it is quantized."""
-        return dense_weight(self.layer, self.kind.parameter)
+        return dense_weight(self.layer, self.kind)
 
     @property
     def outline(self) -> Tensor:

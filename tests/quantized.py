@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.layers import dense_weight, kind_of
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what these libraries say when they are imported
     bnb = pytest.importorskip("bitsandbytes")
@@ -18,6 +20,8 @@ with warnings.catch_warnings():
     import torchao.quantization as ao
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""How far apart two ways to compute the same may be."""
 IN, HIDDEN, OUT = 128, 128, 128
 
 
@@ -176,6 +180,7 @@ QUANTIZED = [
     Quantized(
         "torch-dynamic", torch_dynamic(torch.qint8), "qint8", rounds_inputs=True, differentiates=False, compiles=False
     ),
+    Quantized("torch-dynamic-half", torch_dynamic(torch.float16), "float16", differentiates=False, compiles=False),
     Quantized("packed", each_linear(Packed), ""),
 ]
 """Each way to store a weight that can be read as floats."""
@@ -183,21 +188,23 @@ QUANTIZED = [
 UNREAD = [
     Quantized("sealed", each_linear(Sealed), "", becomes_plain=False),
     Quantized("standardized", each_linear(Standardized), "", becomes_plain=False),
-    Quantized(
-        "torch-dynamic-half",
-        torch_dynamic(torch.float16),
-        "",
-        differentiates=False,
-        compiles=False,
-        becomes_plain=False,
-    ),
 ]
-"""Layers whose weight is none, or not what they compute with, or not known to be."""
+"""Layers whose weight is none, or not what they compute with."""
 
 typed_storage = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 """Torch's own, when it copies a quantized tensor."""
 over_readable = pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
 over_quantized = pytest.mark.parametrize("case", QUANTIZED + UNREAD, ids=lambda case: case.name)
+
+
+def dense_of(layer: nn.Module) -> Tensor:
+    """What a layer's weight reads as."""
+    return dense_weight(layer, kind_of(layer))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """How far a is from b, in Frobenius norms."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def bits(model: nn.Module) -> dict[str, list[Tensor]]:

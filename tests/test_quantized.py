@@ -3,8 +3,6 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,31 +12,25 @@ from quantized import (
     IN,
     OUT,
     QUANTIZED,
-    Packed,
+    ROUNDING,
     assert_same_bits,
     bits,
-    bnb,
+    dense_of,
     over_quantized,
     over_readable,
+    relative,
     typed_storage,
 )
 from torch import nn
 from torch.nn import functional as F
 
 import lorakit as lk
-from lorakit.layers import dense_weight
-
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def part(case, seed=0):
     """One layer of the model, which nothing that trains lies below."""
     model, x = case.build(seed)
     return nn.Sequential(model[0]), x
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @over_quantized
@@ -107,13 +99,13 @@ def test_outputs_and_gradients_are_those_of_the_formula(case):
 def test_they_are_those_of_the_dense_weight(case):
     layer, x = part(case)
     bias = layer[0].bias() if callable(layer[0].bias) else layer[0].bias
-    W = dense_weight(layer[0], "weight")
+    W = dense_of(layer[0])
     assert W.shape == (HIDDEN, IN)
     assert W.is_floating_point() and not W.requires_grad
     limit = 0.05 if case.rounds_inputs else ROUNDING[case.dtype]
     assert relative(layer(x), F.linear(x, W.to(x.dtype), bias)) < limit
     attached(layer)
-    assert torch.equal(dense_weight(layer[0], "weight"), W)
+    assert torch.equal(dense_of(layer[0]), W)
     ((A, B),) = factors_of(layer).values()
     x, same_x = x.clone().requires_grad_(), x.clone().requires_grad_()
     wanted = F.linear(same_x, (W + B @ A).to(x.dtype), bias)
@@ -268,183 +260,3 @@ def test_in_the_weight_is_refused_with_the_reason(case):
         with pytest.raises(lk.LorakitError):
             lk.attach(model, lk.LoRA(rank=2), targets="0.weight")
     assert anatomy(model) == before
-
-
-@pytest.mark.parametrize("case", [case for case in QUANTIZED if case.requantizes], ids=lambda case: case.name)
-def test_merging_quantizes_again_and_says_what_it_cost(case):
-    model, x = case.build()
-    attached(model)
-    y, stored, before = model(x), bits(model), anatomy(model)
-    weights = [model[i].weight for i in (0, 2)]
-    with lk.merged(model):
-        inside = model(x)
-        assert not any("lora" in name for name, _ in model.named_modules())
-    assert [model[i].weight is weight for i, weight in zip((0, 2), weights, strict=True)] == [True, True]
-    assert torch.equal(model(x), y)
-    assert_same_bits(bits(model), stored)
-    assert without_hooks(anatomy(model)) == without_hooks(before)
-    W, ((A, B), _) = dense_weight(model[0], "weight"), factors_of(model).values()
-    report = lk.merge(model)
-    merged = dense_weight(model[0], "weight")
-    assert report.weights[0].lost == pytest.approx(relative(merged - W - B @ A + B @ A, B @ A), rel=1e-3)
-    assert 0 < report.weights[0].lost < 0.5
-    assert torch.equal(model(x), inside)
-    assert relative(inside, y) < 0.3
-    assert lk.adapters(model) == {}
-    assert [type(m) for m in model.modules()] == [type(m) for m in case.build()[0].modules()]
-
-
-def without_hooks(seen):
-    """Torch counts hooks up: one that was taken off and put back has another number."""
-    return {
-        path: (cls, {key: [] if key.startswith("_forward_hooks") else value for key, value in own.items()})
-        for path, (cls, own) in seen.items()
-    }
-
-
-@pytest.mark.parametrize("case", [case for case in QUANTIZED if case.requantizes], ids=lambda case: case.name)
-def test_a_small_update_is_lost_in_the_grid_and_merging_says_so(case):
-    model, _ = case.build()
-    attached(model)
-    with torch.no_grad():
-        for parameter in lk.adapter_parameters(model):
-            parameter *= 0.01
-    with pytest.warns(UserWarning, match="dequantize=True"):
-        report = lk.merge(model)
-    assert report.weights[0].lost > 0.5
-
-
-@pytest.mark.parametrize(
-    "case", [c for c in QUANTIZED if not c.requantizes and c.name != "packed"], ids=lambda case: case.name
-)
-def test_where_the_scheme_is_not_known_merging_is_refused(case):
-    model, x = case.build()
-    attached(model)
-    y, before = model(x), anatomy(model)
-    with pytest.raises(lk.LorakitError, match=r"'0\.weight'.*dequantize=True"):
-        lk.merge(model)
-    with pytest.raises(lk.LorakitError, match=r"'0\.weight'"), lk.merged(model):
-        pass
-    assert anatomy(model) == before
-    assert torch.equal(model(x), y)
-
-
-@over_quantized
-def test_merging_into_plain_layers_keeps_the_output(case):
-    model, x = case.build()
-    attached(model)
-    y, before = model(x), anatomy(model)
-    if not case.becomes_plain:
-        with pytest.raises(lk.LorakitError, match=r"'0\.weight'"):
-            lk.merge(model, dequantize=True)
-        assert anatomy(model) == before
-        return
-    report = lk.merge(model, dequantize=True)
-    assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear]
-    assert relative(model(x), y) < (0.05 if case.rounds_inputs else ROUNDING[case.dtype])
-    assert all(row.lost < 1e-2 for row in report.weights)
-    assert lk.adapters(model) == {}
-    model, x = case.build()
-    attached(model)
-    lk.merge(model, dequantize=torch.float64)
-    assert model.double()(x.double()).dtype == torch.float64
-
-
-def test_what_only_looks_like_a_linear_layer_is_not_one():
-    class Mixer(nn.Module):
-        def __init__(self, inside=None):
-            super().__init__()
-            self.in_features, self.out_features = 4, 5
-            if inside is not None:
-                self.inside = inside
-
-        def forward(self, x):
-            return x.sum(-1)
-
-    plan = lk.plan(nn.Sequential(Mixer(nn.Sequential(nn.Linear(4, 5)))), lk.LoRA(rank=1))
-    assert [row.layer for row in plan.rows] == ["0.inside.0"]
-    model = nn.Sequential(Mixer())
-    lk.attach(model, lk.LoRA(rank=1))
-    with pytest.raises(lk.LorakitError, match="says it maps"):
-        model(torch.randn(2, 4))
-    wild = Mixer()
-    wild.in_features = "four"
-    with pytest.raises(lk.LorakitError, match="no linear layer"):
-        lk.plan(nn.Sequential(wild, nn.BatchNorm1d(4)), lk.LoRA(rank=1))
-
-
-def test_a_merge_that_is_not_finite_or_has_no_place_is_refused():
-    (case,) = [case for case in QUANTIZED if case.name == "nf4"]
-    model, _ = case.build()
-    attached(model[0])
-    with pytest.raises(lk.LorakitError, match=r"nn\.Sequential"):
-        lk.merge(model[0], dequantize=True)
-    lk.detach(model[0])
-    attached(model)
-    with torch.no_grad():
-        lk.adapter_parameters(model)[0][0, 0] = torch.inf
-    with pytest.raises(lk.LorakitError, match="NaN or infinity"):
-        lk.merge(model)
-
-
-def test_a_layer_is_adapted_before_it_is_quantized_or_has_values():
-    for make, wanted in (
-        (lambda: bnb.nn.Linear4bit(64, 64, quant_type="nf4"), "nf4"),
-        (lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False), "int8"),
-    ):
-        with torch.device("meta"):
-            plan = lk.plan(nn.Sequential(make()), lk.LoRA(rank=2))
-        assert plan.rows[0].note.endswith(f"{wanted}, not quantized yet")
-        model = nn.Sequential(make())
-        plan = lk.attach(model, lk.LoRA(rank=2))
-        assert plan.rows[0].note.endswith(f"{wanted}, not quantized yet")
-        randomize(model)
-        model.to("cpu")  # it is now
-        assert lk.probe(model, torch.randn(2, 64)).ok
-        assert lk.plan(model, lk.LoRA(rank=2), name="b").rows[0].note.endswith(wanted)
-
-
-def test_a_layer_that_quantizes_at_each_call_becomes_plain_when_merged():
-    model, x = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True)), torch.randn(2, 64)
-    attached(model)
-    y = model(x)
-    with pytest.raises(lk.LorakitError, match="dequantize=True"):
-        lk.merge(model)
-    lk.merge(model, dequantize=True)
-    assert type(model[0]) is nn.Linear
-    assert relative(model(x), y) < 0.05
-
-
-def test_a_shared_layer_is_replaced_in_every_place():
-    (case,) = [case for case in QUANTIZED if case.name == "nf4"]
-    layer = case.build()[0][0]
-    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, IN)
-    assert lk.attach(model, lk.LoRA(rank=2)).rows[0].note.startswith("also 2; frozen")
-    randomize(model)
-    y = model(x)
-    lk.merge(model, dequantize=True)
-    assert model[0] is model[2]
-    assert relative(model(x), y) < 1e-5
-
-
-def test_what_is_quantized_and_no_linear_layer_is_refused_by_name():
-    model = nn.Sequential(bnb.nn.Embedding4bit(64, 64, quant_type="nf4")).to("cpu")
-    with pytest.raises(lk.LorakitError, match=r"'0\.weight'.*nf4"):
-        lk.attach(model, lk.LoRA(rank=2), targets="0")
-
-
-def test_lorakit_imports_none_of_their_libraries():
-    code = """
-import sys, torch, lorakit as lk
-model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-lk.attach(model, lk.LoRA(rank=2))
-with lk.merged(model): model(torch.randn(2, 8))
-print(sorted({"bitsandbytes", "torchao", "transformers"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_layer_without_a_weight_can_say_it_itself():
-    layer = Packed(nn.Linear(IN, OUT))
-    assert torch.equal(dense_weight(layer, "weight"), layer.dequantize())

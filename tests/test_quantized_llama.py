@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import anatomy, assert_bits
-from quantized import assert_same_bits, bits, bnb, each_linear, four_bits
+from quantized import assert_same_bits, bits, bnb, dense_of, each_linear, four_bits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit as lk
-from lorakit.layers import dense_weight
 
 SHARED = Path(os.environ.get("LORAKIT_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models" / "stories260K"
@@ -110,7 +109,7 @@ def test_outputs_and_gradients_are_those_of_the_dequantized_model():
         for name, child in list(parent.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
                 plain = nn.Linear(child.in_features, child.out_features, bias=False)
-                plain.weight = nn.Parameter(dense_weight(child, "weight"), requires_grad=False)
+                plain.weight = nn.Parameter(dense_of(child), requires_grad=False)
                 setattr(parent, name, plain)
     assert not any(isinstance(m, bnb.nn.Linear4bit) for m in dense.modules())
     leaves = {key: value.clone().requires_grad_() for key, value in factors.items()}
@@ -214,7 +213,7 @@ def test_a_weight_that_bitsandbytes_has_reordered_is_the_same_base(double, tmp_p
     make = each_linear(four_bits("nf4", double))
     model = make(nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64, bias=False)))
     x = torch.randn(2, 3, 64)
-    W = dense_weight(model[0], "weight")
+    W = dense_of(model[0])
     reordered = copy.deepcopy(model).eval()
     for layer in (reordered[0], reordered[2]):
         layer.support_avx512bf16_for_cpu = True
@@ -223,7 +222,7 @@ def test_a_weight_that_bitsandbytes_has_reordered_is_the_same_base(double, tmp_p
         reordered(x)
     assert reordered[0].weight.quant_state.packing_format_for_cpu
     seen, codes = anatomy(reordered), reordered[0].weight.data.clone()
-    assert (dense_weight(reordered[0], "weight") - W).norm() < 0.01 * W.norm()
+    assert (dense_of(reordered[0]) - W).norm() < 0.01 * W.norm()
     lk.load(reordered, tmp_path / "a", trainable=True)
     with torch.no_grad():
         y = reordered(x)

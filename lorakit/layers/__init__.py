@@ -4,13 +4,13 @@ from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Up
 from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
-from lorakit.layers.foreign import Foreign, outline, stored_dtype
+from lorakit.layers.foreign import Foreign, dense_weight, outline, stored_dtype
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
 from lorakit.layers.kind import CalledKind, Inputs, Kind, accumulation_dtype, kind_of, register_kind, register_late
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
 from lorakit.layers.requantize import Requantized, plain_linear, replace_layer, requantized
-from lorakit.layers.stored import dense_weight, scheme_of, stored_tensors
+from lorakit.layers.stored import scheme_of, stored_tensors
 from lorakit.layers.transposed import TransposedLinear
 
 KINDS: tuple[type[Kind], ...] = (

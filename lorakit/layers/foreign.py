@@ -6,7 +6,7 @@ that, and how it stores its weight, is its own affair: the update sits beside th
 arXiv:2305.14314, §3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast, final
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.layers.install import base_weight
 from lorakit.layers.kind import CalledKind, Inputs, Kind, kind_of, register_kind, register_late
-from lorakit.layers.stored import called, scheme_of, weight_object
+from lorakit.layers.stored import as_floats, called, scheme_of, weight_object
 from lorakit.layers.thin import add_thin_product
 
 
@@ -139,8 +139,37 @@ def outline(layer: nn.Module, kind: Kind) -> Tensor:
 
 def stored_dtype(layer: nn.Module, kind: Kind) -> str:
     """What a file says of how the weight was stored: its dtype, or how it is quantized."""
-    scheme = scheme_of(weight_object(layer, kind.parameter)) if isinstance(kind, Foreign) else None
-    return scheme or str(outline(layer, kind).dtype).removeprefix("torch.")
+    now = kind_of(layer) if isinstance(kind, Foreign) else None  # it may have been quantized since it was adapted
+    return (isinstance(now, Foreign) and now.scheme) or str(outline(layer, kind).dtype).removeprefix("torch.")
+
+
+def dense_weight(layer: nn.Module, kind: Kind) -> Tensor:
+    """The base weight W as plain floats: dequantized if it is quantized, else the weight itself; (d, k) if foreign.
+
+    No update acts in it, and no gradient goes back to what is quantized. This is what a method reads that needs W
+    itself and not the layer's output alone.
+
+    Raises:
+        LorakitError: the weight is stored in a way that cannot be read, or is not known to be what the layer uses.
+    """
+    if not isinstance(kind, Foreign):
+        return base_weight(layer, kind.parameter)
+    if kind.scheme is None and weight_object(layer, kind.parameter) is not None:
+        raise LorakitError(
+            f"{called(layer)} may use its {kind.parameter} in its own way, so W is not known; keep to an update that "
+            "asks for the layer's output alone, unmerged, or adapt the parameter by its name"
+        )
+    dense = as_floats(layer, kind.parameter)
+    if dense is None:
+        raise LorakitError(
+            f"the weight of {called(layer)} cannot be read as floats: neither it nor the layer can be dequantized; "
+            "keep to an update that asks for the layer's output alone, unmerged"
+        )
+    if dense.shape != (kind.outputs, kind.inputs):
+        raise LorakitError(
+            f"the weight of {called(layer)} reads as {tuple(dense.shape)}, not as the sizes that the layer says"
+        )
+    return dense
 
 
 @register_kind
@@ -155,4 +184,7 @@ def _(layer: Any) -> Kind | None:
 
 @register_late("torch.ao.nn.quantized.dynamic.modules.linear", "Linear")
 def _(layer: Any) -> Kind | None:
-    return foreign_kind(layer)  # though it is a subclass of the one above
+    # A subclass of the one above, but of floats on both sides. In float16, torch unpacks its weight as plain floats.
+    kind = foreign_kind(layer)
+    half = isinstance(kind, Foreign) and kind.scheme is None
+    return replace(cast(Foreign, kind), scheme="float16") if half else kind

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.layers.foreign import Foreign
-from lorakit.layers.stored import called, dense_weight, unpacked
+from lorakit.layers.stored import as_floats, called, unpacked
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,13 @@ def _read_back(layer: nn.Module, attributes: dict[str, Any]) -> Tensor:
     stand_in = nn.Module()
     for name, value in attributes.items():
         setattr(stand_in, name, value)
-    return dense_weight(stand_in)
+    dense = as_floats(stand_in)
+    assert dense is not None
+    return dense
 
 
 def plain_linear(layer: nn.Module, kind: Foreign, total: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """An `nn.Linear` of this dtype with the weight `total` (d, k) and the layer's own bias.
-
-    Raises:
-        LorakitError: the layer does more with its weight than is known.
-    """
-    if kind.scheme is None and getattr(layer, "weight", None) is not None:
-        raise LorakitError(
-            f"{called(layer)} may use its weight in its own way, so no plain layer can take its place; keep the "
-            "adapter beside it, or adapt the parameter by its name"
-        )
+    """An `nn.Linear` of this dtype with the weight `total` (d, k) and the layer's own bias."""
     bias: Any = getattr(layer, "bias", None)
     bias = bias() if callable(bias) else bias
     plain = nn.Linear(kind.inputs, kind.outputs, bias=bias is not None, device="meta")

@@ -48,29 +48,11 @@ def weight_object(layer: nn.Module, parameter: str = "weight") -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def dense_weight(layer: nn.Module, parameter: str = "weight") -> Tensor:
-    """The base weight as plain floats: dequantized if it is quantized, else the weight itself; (d, k) if linear.
-
-    No update acts in it, and it carries no gradient back to what is quantized.
-
-    Raises:
-        LorakitError: the layer's weight is stored in a way that cannot be read.
-    """
-    weight = weight_object(layer, parameter)
+def as_floats(layer: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """The stored weight as plain floats, dequantized if it is quantized; None if it cannot be read."""
     with torch.no_grad():
-        dense = _dense(layer, weight)
-    if dense is None or not dense.is_floating_point():
-        raise LorakitError(
-            f"cannot read the {parameter!r} of {called(layer)} as floats: it has neither a floating-point {parameter}, "
-            "nor one that can be dequantized, nor a method dequantize()"
-        )
-    sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    if parameter == "weight" and scheme_of(weight) is not None and None not in sizes and dense.shape != sizes:
-        raise LorakitError(
-            f"the {parameter!r} of {called(layer)} reads as {tuple(dense.shape)}, and the layer says it maps "
-            f"{sizes[1]} to {sizes[0]} features"
-        )
-    return dense
+        dense = _dense(layer, weight_object(layer, parameter))
+    return dense if dense is not None and dense.is_floating_point() else None
 
 
 def _dense(layer: nn.Module, weight: Any) -> Tensor | None:
@@ -81,10 +63,8 @@ def _dense(layer: nn.Module, weight: Any) -> Tensor | None:
         codes, state = unpacked(weight)
         return cast(Tensor, _bitsandbytes(layer).dequantize_4bit(codes, state))
     if hasattr(weight, "SCB") and weight.dtype == torch.int8:
-        scales = row_scales(layer, weight)
-        return (
-            None if scales is None else cast(Tensor, _bitsandbytes(layer).int8_vectorwise_dequant(weight.data, scales))
-        )
+        scales, floats = row_scales(layer, weight), _bitsandbytes(layer).int8_vectorwise_dequant
+        return None if scales is None else cast(Tensor, floats(weight.data, scales))
     if hasattr(weight, "get_original_weight"):
         return cast(Tensor, weight.get_original_weight())
     if weight.is_quantized or type(weight).dequantize is not Tensor.dequantize:
