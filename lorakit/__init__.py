@@ -15,14 +15,20 @@ from lorakit.merge import merge, merged
 from lorakit.probe import probe
 from lorakit.resident import adapter_parameters, adapters, set_trainable
 from lorakit.switch import activate, active, disabled
-from lorakit.variants import LoRA, LowRankParametrization
+from lorakit.variants import AdaLoRA, DoRA, LoHa, LoKr, LoRA, LoRAFA, LowRankParametrization, VeRA
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
+    "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
     "LorakitError",
     "LowRankParametrization",
+    "VeRA",
     "activate",
     "active",
     "adapter_parameters",

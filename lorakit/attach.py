@@ -1,12 +1,15 @@
 """Put an adapter on a model, and take it off again."""
 
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.change import Addition, add, drop, drop_all
-from lorakit.plan import Plan, draw_up
+from lorakit.evidence import Loss, Sources, gather
+from lorakit.plan import Pattern, Plan, draw_up
 from lorakit.state import require
 from lorakit.targets import Place, RequestedMode, Targets
 from lorakit.variants import Variant
@@ -20,9 +23,11 @@ def plan(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
+    ranks: Pattern | None = None,
+    alphas: Pattern | None = None,
 ) -> Plan:
     """What `attach` would do with the same arguments; `print` it for a table. Changes nothing."""
-    return draw_up(model, variant, targets, exclude, mode, name)[0]
+    return draw_up(model, variant, targets, exclude, mode, name, ranks, alphas)[0]
 
 
 def attach(
@@ -33,6 +38,11 @@ def attach(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
+    ranks: Pattern | None = None,
+    alphas: Pattern | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    original: nn.Module | None = None,
 ) -> Plan:
     """Add a new adapter to a model, in place, and freeze everything else.
 
@@ -50,6 +60,12 @@ def attach(
         mode: "auto" puts the update beside the call of a layer that is called, and in the weight where the weight is
             read; "beside" and "weight" force one.
         name: what to call the adapter: no dot, space or path separator.
+        ranks: other ranks by pattern, as for `targets`: {"*.q_proj": 16}. The last pattern that matches counts.
+        alphas: other alphas, likewise. Without an alpha the scale of each weight is 1, whatever its rank.
+        data: for an init that is computed from data: batches that the model is called with (a mapping by name, a
+            tuple or list in order), or that `loss` takes. They are run on the base, in the mode the model is in.
+        loss: a function (model, batch) -> loss.
+        original: for init="loftq": the model before it was quantized.
 
     Returns:
         What was done; `print` it for a table.
@@ -62,18 +78,19 @@ def attach(
         >>> report = attach(model, LoRA(rank=8), targets="0")
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     """
-    report, places = draw_up(model, variant, targets, exclude, mode, name)
+    report, chosen = draw_up(model, variant, targets, exclude, mode, name, ranks, alphas)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
+        evidence = gather(Sources(model, data, loss, original), chosen)
         additions = [
-            Addition(place.layer, place.kind, variant.build(place.kind, _given(place, variant), place.mode))
-            for place in places
+            Addition(place.layer, place.kind, mine.build(place.kind, _given(place, mine), place.mode, seen), mine)
+            for (place, mine), seen in zip(chosen, evidence, strict=True)
         ]
     cautions = [
         f"{place.label!r}: {caution}"
-        for place in places
-        if (caution := variant.caution(place.kind, place.outline)) is not None
+        for place, mine in chosen
+        if (caution := mine.caution(place.kind, place.outline)) is not None
     ]
-    add(model, name, variant, additions, trainable=True)
+    add(model, name, report.variant, additions, trainable=True)
     if cautions:
         warnings.warn("; ".join(cautions), stacklevel=2)
     return report

@@ -28,6 +28,8 @@ class Addition:
     layer: nn.Module
     kind: Kind
     update: Update
+    variant: Variant
+    """The adapter's, or what it is for this weight."""
 
 
 def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition], *, trainable: bool) -> None:
@@ -51,7 +53,8 @@ def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition]
             parameter.requires_grad_(False)
         for addition in additions:
             _add_one(addition, name, state.selection, trainable)
-        state.weights[name] = tuple(site.name for site in sites(root, name))
+        variants = {id(addition.update): addition.variant for addition in additions}
+        state.weights[name] = {site.name: variants[id(site.adapted[name])] for site in sites(root, name)}
         state.selection.active = ((name, 1.0),)
     except BaseException:
         state.selection.active = selected

@@ -190,7 +190,7 @@ def _result(
     total = wide = weight.to(accumulation_dtype(weight.dtype))
     with torch.autocast(weight.device.type, enabled=False):
         for name in names:
-            total = site.adapted[name](total, strengths[name])
+            total = site.adapted[name].add_to(total, weight, strengths[name])
     if not isinstance(kind, Foreign) or not total.isfinite().all():
         return wide, total, total.to(weight.dtype)
     if dequantize is False:

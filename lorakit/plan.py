@@ -1,8 +1,8 @@
 """What attaching would do, as a value that prints as a table."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from lorakit.errors import LorakitError
 from lorakit.layers import Foreign, kind_of
 from lorakit.state import check_addition, layers_of, root_of
 from lorakit.tables import shape, table
-from lorakit.targets import Place, RequestedMode, Targets, resolve
+from lorakit.targets import Place, RequestedMode, Targets, resolve, selected
 from lorakit.variants import Variant
 
 
@@ -82,6 +82,10 @@ class Plan:
         )
 
 
+Pattern = Mapping[str, float]
+"""{pattern: value}: what differs in the weights that a pattern selects."""
+
+
 def draw_up(
     model: nn.Module,
     variant: Variant,
@@ -89,8 +93,13 @@ def draw_up(
     exclude: Targets | None,
     mode: RequestedMode,
     name: str,
-) -> tuple[Plan, list[Place]]:
-    """The plan for these arguments, and its places in the same order. Every check is made here; nothing changes."""
+    ranks: Pattern | None = None,
+    alphas: Pattern | None = None,
+) -> tuple[Plan, list[tuple[Place, Variant]]]:
+    """The plan for these arguments, and its places in the same order, each with what it gets.
+
+    Every check is made here; nothing changes.
+    """
     if not isinstance(model, nn.Module):
         raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(variant, Variant):
@@ -102,14 +111,33 @@ def draw_up(
             f"adapters were attached to a part of this {type(model).__name__}: attach to that part, or detach it first"
         )
     places = resolve(root, targets, exclude, mode)
-    return plan_of(root, variant, places, name), places
+    variant = variant.fit([place.kind.matrix_shape(place.outline) for place in places])
+    variants = [variant] * len(places)
+    for field, patterns in (("rank", ranks), ("alpha", alphas)):
+        variants = _varied(root, variants, places, field, patterns or {})
+    return plan_of(root, variant, places, variants, name), list(zip(places, variants, strict=True))
 
 
-def plan_of(
-    root: nn.Module, variant: Variant, places: Sequence[Place], name: str, each: Sequence[Variant] | None = None
-) -> Plan:
-    """The plan for adapting these places; `each` has the variant of each place where they differ."""
-    variants = each or [variant] * len(places)
+def _varied(
+    root: nn.Module, variants: list[Variant], places: list[Place], field: str, patterns: Pattern
+) -> list[Variant]:
+    """The variants with one hyper-parameter as the patterns have it; the last that matches a weight counts."""
+    if not isinstance(patterns, Mapping):
+        raise LorakitError(f"{field}s={patterns!r} must map patterns to values, such as {{'*.q_proj': 16}}")
+    varied = list(variants)
+    for pattern, value in patterns.items():
+        chosen = selected(root, pattern, places)
+        if not chosen:
+            raise LorakitError(f"{field}s: {pattern!r} matches none of the weights that targets selects")
+        for i in chosen:
+            if field not in {known.name for known in fields(variants[i])}:
+                raise LorakitError(f"{field}s={patterns!r}: {type(variants[i]).__name__} has no {field}")
+            varied[i] = replace(varied[i], **{field: value})
+    return varied
+
+
+def plan_of(root: nn.Module, variant: Variant, places: Sequence[Place], variants: Sequence[Variant], name: str) -> Plan:
+    """The plan for adapting these places, each with its variant."""
     return Plan(name, variant, tuple(map(_row, places, variants)), _count(root))
 
 

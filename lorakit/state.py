@@ -29,8 +29,8 @@ class State:
     selection: Selection = field(default_factory=Selection)
     variants: dict[str, Variant] = field(default_factory=dict)
     """Resident adapters by name, in the order in which they came."""
-    weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """The names of the weights that each adapter was added to."""
+    weights: dict[str, dict[str, Variant]] = field(default_factory=dict)
+    """The weights that each adapter was added to, by name, with the variant at each: ranks may differ."""
     frozen: tuple[str, ...] = ()
     """Names of the base's parameters that attaching froze; detaching unfreezes them."""
 

@@ -97,6 +97,12 @@ def resolve(model: nn.Module, targets: Targets, exclude: Targets | None, mode: R
     return [chosen[key] for key in sorted(chosen, key=lambda key: order[key[0]])]
 
 
+def selected(model: nn.Module, pattern: Pattern, places: Sequence[Place]) -> list[int]:
+    """Which of the places a pattern selects, by its module or by its parameter."""
+    matches = _Excluded(Index(model), [pattern])
+    return [i for i, place in enumerate(places) if matches.has(id(place.layer), place.kind.parameter)]
+
+
 def place_of(index: "Index", path: str, parameter: str, mode: Mode | None) -> Place:
     """The weight of this layer and name, as a file gives them; `mode` as it was adapted, if that is known.
 

@@ -14,15 +14,15 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables"},
+    {"errors", "tables", "untouched"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},
     {"change", "suitable", "header"},
     {"targets"},
-    {"plan"},
-    {"attach", "switch", "resident", "loading"},
-    {"merge", "probe", "files"},
+    {"plan", "peft_config", "switch"},
+    {"evidence", "resident", "loading"},
+    {"attach", "merge", "probe", "files"},
     {"digits"},
     {"cli"},
     {"__main__"},

@@ -6,7 +6,17 @@ from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
 from lorakit.layers.foreign import Foreign, dense_weight, outline, stored_dtype
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
-from lorakit.layers.kind import CalledKind, Inputs, Kind, accumulation_dtype, kind_of, register_kind, register_late
+from lorakit.layers.kind import (
+    CalledKind,
+    Inputs,
+    Kind,
+    LastAxisKind,
+    accumulation_dtype,
+    in_dtype,
+    kind_of,
+    register_kind,
+    register_late,
+)
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
 from lorakit.layers.requantize import Requantized, plain_linear, replace_layer, requantized
@@ -39,6 +49,7 @@ __all__ = [
     "Foreign",
     "Inputs",
     "Kind",
+    "LastAxisKind",
     "Linear",
     "Mode",
     "Parameter",
@@ -53,6 +64,7 @@ __all__ = [
     "base_weight",
     "check_changeable",
     "dense_weight",
+    "in_dtype",
     "install",
     "kind_of",
     "outline",

@@ -11,20 +11,23 @@ from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
 from lorakit.layers.install import base_weight
-from lorakit.layers.kind import CalledKind, Inputs, Kind, kind_of, register_kind, register_late
+from lorakit.layers.kind import Inputs, Kind, LastAxisKind, kind_of, register_kind, register_late
 from lorakit.layers.stored import as_floats, called, scheme_of, weight_object
 from lorakit.layers.thin import add_thin_product
 
 
 @final
 @dataclass(frozen=True)
-class Foreign(CalledKind):
+class Foreign(LastAxisKind):
     """A linear layer with a weight of its own make. A is (r, in), B is (out, r); the sizes are the layer's word."""
 
     name: ClassVar[str] = "Linear (foreign)"
+    may_sever: ClassVar[bool] = True
+    takes_vectors: ClassVar[bool] = True
     inputs: int
     outputs: int
     scheme: str | None = None
@@ -40,71 +43,37 @@ class Foreign(CalledKind):
         """(r, in) and (out, r)."""
         return (rank, self.inputs), (self.outputs, rank)
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A: (out, in)."""
-        return B @ A
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The matrix itself."""
+        return matrix
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """x·Wᵀ; x: (..., in)."""
+        self._check(layer, inputs[0], y)
+        return F.linear(inputs[0], weight)
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
-        x = inputs[0]
+        self._check(layer, inputs[0], y)
+        return add_thin_product(y, inputs[0], A, B, scale)
+
+    def _check(self, layer: nn.Module, x: Tensor, y: Any) -> None:
+        """Whether the layer does what it says."""
         if not isinstance(y, Tensor) or x.shape[-1] != self.inputs or y.shape[-1] != self.outputs:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise LorakitError(
                 f"{called(layer)} says it maps (..., {self.inputs}) to (..., {self.outputs}), and gave {got} for "
                 f"{tuple(x.shape)}: it is no linear layer; exclude it"
             )
-        if x.requires_grad and torch.is_grad_enabled() and _is_severed(y):
-            y = _Severed.apply(y.detach(), x, layer)  # type: ignore[no-untyped-call]
-        return add_thin_product(y, x, A, B, scale)
 
     @property
     def note(self) -> str:
         """What a plan says of it."""
         return f"frozen by quantization: {self.scheme}" if self.scheme else "no nn.Linear: called, its weight unread"
-
-
-def _is_severed(y: Tensor) -> bool:
-    """Whether no gradient can pass from a layer's output to its input."""
-    if not y.requires_grad:
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    # The node that torch puts after a kernel without a derivative, or behind one more, of a bias or a cast. It has no
-    # type in Python, only this name.
-    node: Any = y.grad_fn
-    for _ in range(2):
-        if node is None or node.name().endswith("NotImplemented"):
-            return node is not None
-        node = node.next_functions[0][0] if node.next_functions else None
-    return False
-
-
-class _Severed(torch.autograd.Function):
-    """Y as it is, and an error as soon as a gradient comes back.
-
-    Layers that round their input, or run an inference kernel, give no gradient to it. Whatever trains below would see
-    the part of the gradient that came through the adapter alone, and nothing would say so.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        ctx.layer = layer
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        layer = ctx.layer
-        if getattr(getattr(weight_object(layer), "quant_state", None), "packing_format_for_cpu", False):
-            cure = (
-                "bitsandbytes has reordered its weight for inference on this CPU: load the base again, and set "
-                "support_avx512bf16_for_cpu = False on such layers before the first call"
-            )
-        else:
-            cure = "quantize only the weights (NF4, say) and not the activations, or adapt no layer below it"
-        raise LorakitError(
-            f"{called(layer)} sends no gradient to its input, so what trains below it would get a part of its "
-            f"gradient; {cure}"
-        )
 
 
 def foreign_kind(layer: nn.Module) -> Kind | None:

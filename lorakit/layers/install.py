@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Adapters
 from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype
+from lorakit.layers.severed import guarded
 
 
 class _Hooked(dict[str, Any]):
@@ -93,11 +94,16 @@ def base_weight(layer: nn.Module, parameter: str) -> Tensor:
 def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: the layer's output with every acting update added."""
     adapters = cast(Adapters, layer.lora)
+    y = output
     for parameter in adapters:
         adapted = adapters[parameter]
         for update, strength in adapted.acting("beside"):
-            output = update.beside(layer, _inputs(cast(CalledKind, adapted.kind), args, kwargs), output, strength)
-    return output
+            kind = cast(CalledKind, adapted.kind)
+            inputs = _inputs(kind, args, kwargs)
+            if kind.may_sever and y is output:
+                y = output = guarded(layer, inputs, output)
+            y = update.beside(layer, inputs, output, y, strength)
+    return y
 
 
 def _inputs(kind: CalledKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
@@ -113,7 +119,7 @@ def adapted_weight(weight: Tensor, adapted: AdaptedWeight) -> Tensor:
     for update, strength in adapted.acting("weight"):
         if result is weight:
             result = weight.to(accumulation_dtype(weight.dtype))  # rounded once, after the last update
-        result = update(result, strength)
+        result = update.add_to(result, weight, strength)
     return result.to(weight.dtype)
 
 

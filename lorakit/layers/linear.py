@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorakit.layers.foreign import foreign_kind
 from lorakit.layers.kind import (
-    CalledKind,
     Inputs,
     Kind,
+    LastAxisKind,
     flat_factor_shapes,
     flat_shape,
     register_kind,
@@ -23,10 +24,11 @@ from lorakit.layers.thin import add_thin_product
 
 @final
 @dataclass(frozen=True)
-class Linear(CalledKind):
+class Linear(LastAxisKind):
     """A linear layer that is called. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Linear"
+    takes_vectors: ClassVar[bool] = True
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -38,9 +40,17 @@ class Linear(CalledKind):
         """(r, in) and (out, r)."""
         return flat_factor_shapes(weight, rank)
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A: (out, in)."""
-        return B @ A
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The matrix itself."""
+        return matrix
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """x·Wᵀ; x: (..., in)."""
+        return F.linear(inputs[0], weight)
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""

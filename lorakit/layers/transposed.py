@@ -5,16 +5,17 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
-from lorakit.layers.kind import CalledKind, Inputs, Kind, register_late
+from lorakit.layers.kind import Inputs, Kind, LastAxisKind, register_late
 from lorakit.layers.thin import add_thin_product
 
 
 @final
 @dataclass(frozen=True)
-class TransposedLinear(CalledKind):
+class TransposedLinear(LastAxisKind):
     """A linear layer whose weight is (in, out): d = out, k = in. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Conv1D (transformers)"
+    takes_vectors: ClassVar[bool] = True
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -26,9 +27,18 @@ class TransposedLinear(CalledKind):
         """(r, in) and (out, r)."""
         return (rank, weight.shape[0]), (weight.shape[1], rank)
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """(B·A)ᵀ: (in, out)."""
-        return (B @ A).mT
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """(out, in)."""
+        return weight.t()
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(in, out)."""
+        return matrix.t()
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """x·W; x: (..., in)."""
+        x: Tensor = inputs[0]
+        return x @ weight
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
