@@ -10,7 +10,7 @@ from lorakit.change import Addition
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry, file_key
-from lorakit.layers import Update, accumulation_dtype, stored_dtype, stored_tensors
+from lorakit.layers import Update, accumulation_dtype, check_read, stored_dtype, stored_tensors
 from lorakit.plan import Plan, plan_of
 from lorakit.targets import Index, Place, place_of
 from lorakit.variants import Variant
@@ -50,6 +50,7 @@ def build_additions(
             problems += _base_problems(place, entry, check_values)
             sketch = torch.empty_like(place.outline, device="meta")
             variant = _variant_at(place, header.variant_of(entry))
+            check_read(place.layer, place.kind, variant.reads_weight)
             update = variant.build(place.kind, sketch, place.mode)
         except LorakitError as error:
             problems.append(str(error))

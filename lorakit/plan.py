@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Foreign, kind_of
+from lorakit.layers import Foreign, check_read, kind_of
 from lorakit.state import check_addition, layers_of, root_of
 from lorakit.tables import shape, table
 from lorakit.targets import Place, RequestedMode, Targets, resolve, selected
@@ -145,6 +145,7 @@ def _row(place: Place, variant: Variant) -> Row:
     weight = place.outline
     sketch = torch.empty_like(weight, device="meta")
     try:
+        check_read(place.layer, place.kind, variant.reads_weight)
         update = variant.build(place.kind, sketch, place.mode)
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None

@@ -4,7 +4,7 @@ from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Up
 from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
-from lorakit.layers.foreign import Foreign, dense_weight, outline, stored_dtype
+from lorakit.layers.foreign import Foreign, check_read, dense_weight, outline, stored_dtype
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
 from lorakit.layers.kind import (
     CalledKind,
@@ -63,6 +63,7 @@ __all__ = [
     "adapters_of",
     "base_weight",
     "check_changeable",
+    "check_read",
     "dense_weight",
     "in_dtype",
     "install",

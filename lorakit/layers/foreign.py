@@ -141,6 +141,16 @@ def dense_weight(layer: nn.Module, kind: Kind) -> Tensor:
     return dense
 
 
+def check_read(layer: nn.Module, kind: Kind, needed: bool) -> None:
+    """Whether W can be had as floats, if it is needed and has values.
+
+    Raises:
+        LorakitError: it cannot.
+    """
+    if needed and isinstance(kind, Foreign) and not outline(layer, kind).is_meta:
+        dense_weight(layer, kind)
+
+
 @register_kind
 def _(layer: nn.Module) -> Kind | None:
     return foreign_kind(layer)

@@ -9,7 +9,7 @@ from lorakit.errors import LorakitError
 
 
 def guarded(layer: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
-    """The layer's output. If no gradient passes to its input, and one is wanted there, `backward()` will be an error."""
+    """The layer's output. If no gradient passes to its input, where one is wanted, `backward()` will raise."""
     x = args[0] if args else None
     wanted = isinstance(x, Tensor) and isinstance(y, Tensor) and x.requires_grad and torch.is_grad_enabled()
     if not wanted or not is_severed(y):
@@ -56,6 +56,6 @@ class _Severed(torch.autograd.Function):
         else:
             cure = "quantize only the weights (NF4, say) and not the activations, or adapt no layer below it"
         raise LorakitError(
-            f"a {type(layer).__module__}.{type(layer).__qualname__} sends no gradient to its input, so what trains below "
-            f"it would get a part of its gradient; {cure}"
+            f"a {type(layer).__module__}.{type(layer).__qualname__} sends no gradient to its input, so what trains "
+            f"below it would get a part of its gradient; {cure}"
         )
