@@ -15,17 +15,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import (
-    CalledKind,
-    Foreign,
-    Kind,
-    Mode,
-    Parameter,
-    base_weight,
-    dense_weight,
-    kind_of,
-    outline,
-)
+from lorakit.layers import CalledKind, Foreign, Kind, Mode, Parameter, base_weight, dense_weight, kind_of, outline
 from lorakit.state import join, layers_of
 from lorakit.suitable import check_weight, only_called, only_read
 

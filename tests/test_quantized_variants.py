@@ -12,6 +12,7 @@ from quantized import (
     HIDDEN,
     IN,
     OUT,
+    QUANTIZED,
     ROUNDING,
     UNREAD,
     assert_same_bits,
@@ -127,3 +128,12 @@ def test_loftq_begins_nearer_to_the_weights_before_quantization(quant_type):
         )
         best = torch.linalg.svdvals(error)[32:].norm()
         assert left.norm().item() == pytest.approx(best.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "loha", "vera"])
+def test_a_part_of_a_gradient_is_refused_whatever_is_trained(name):
+    (case,) = [case for case in QUANTIZED if case.name == "torchao-int8-dynamic"]
+    model, x = case.build()
+    lk.attach(model, VARIANTS[name])
+    with pytest.raises(lk.LorakitError, match="sends no gradient to its input"):
+        model(x).sum().backward()
