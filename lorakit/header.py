@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
-from lorakit.layers import Mode, base_weight
+from lorakit.layers import Mode, outline, stored_dtype, stored_tensors
 from lorakit.state import Site
 from lorakit.storage import parse_json_object
 from lorakit.variants import VARIANTS, Variant
@@ -36,10 +36,10 @@ class WeightEntry:
     @classmethod
     def of(cls, site: Site, name: str, variant: Mapping[str, Any] | None) -> "WeightEntry":
         """The entry for a live weight."""
-        weight = base_weight(site.layer, site.parameter)
-        mode = site.adapted[name].mode
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return cls(site.path, site.parameter, mode, tuple(weight.shape), dtype, fingerprint(weight), variant)
+        kind, mode = site.adapted.kind, site.adapted[name].mode
+        sample = fingerprint(*stored_tensors(site.layer, site.parameter))
+        shape = tuple(outline(site.layer, kind).shape)
+        return cls(site.path, site.parameter, mode, shape, stored_dtype(site.layer, kind), sample, variant)
 
     @property
     def name(self) -> str:

@@ -10,14 +10,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Adapters, CalledKind, Kind, Mode, Parameter, base_weight, kind_of
+from lorakit.layers import CalledKind, Foreign, Kind, Mode, Parameter, base_weight, dense_weight, kind_of, outline
 from lorakit.state import join, layers_of
+from lorakit.suitable import check_weight, only_called, only_read
 
 Pattern = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
 Targets = Pattern | Sequence[Pattern]
@@ -53,8 +53,13 @@ class Place:
 
     @property
     def weight(self) -> Tensor:
-        """The weight itself."""
-        return base_weight(self.layer, self.kind.parameter)
+        """The values of the weight, dequantized if it is quantized."""
+        return dense_weight(self.layer, self.kind)
+
+    @property
+    def outline(self) -> Tensor:
+        """The weight's shape, dtype and device; its values only where they can be had for nothing."""
+        return outline(self.layer, self.kind)
 
 
 def resolve(model: nn.Module, targets: Targets, exclude: Targets | None, mode: RequestedMode) -> list[Place]:
@@ -116,16 +121,19 @@ def place_of(index: "Index", path: str, parameter: str, mode: Mode | None, whole
     if key is None:
         raise LorakitError(f"the model has no layer {path!r}")
     layer = index.modules[key]
-    if parameter not in _parameter_names(layer):
+    own = kind_of(layer)
+    foreign = isinstance(own, Foreign) and own.parameter == parameter  # it need not be a parameter
+    if not foreign and parameter not in _parameter_names(layer):
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
-    kind = _kind_of_parameter(layer, parameter, whole)
-    return _placed(index, key, kind, mode or ("weight" if whole else "auto"), whole)
+    kind = own if foreign and mode != "weight" else _kind_of_parameter(layer, parameter, whole)
+    return _placed(index, key, cast(Kind, kind), mode or ("weight" if whole else "auto"), whole)
 
 
 def _kind_of_parameter(layer: nn.Module, parameter: str, whole: bool = False) -> Kind:
-    """The layer's own kind for its own weight; for any other parameter the general one."""
+    """The layer's own kind for its own weight, where it can be read; for any other parameter the general one."""
     kind = kind_of(layer)
-    return kind if kind is not None and kind.parameter == parameter else Parameter(parameter, flat=whole)
+    own = kind is not None and kind.parameter == parameter and not isinstance(kind, Foreign)
+    return cast(Kind, kind) if own else Parameter(parameter, flat=whole)
 
 
 class Index:
@@ -260,7 +268,7 @@ def _place(index: Index, key: int, parameter: str | None, mode: RequestedMode, p
     names = tuple(index.names[key])
     if parameter is not None:
         if mode == "beside":
-            raise _only_read(join(names[0], parameter))
+            raise only_read(join(names[0], parameter))
         return _placed(index, key, _kind_of_parameter(module, parameter), "weight")
     kind = kind_of(module)
     if kind is None:
@@ -275,9 +283,11 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool
     """The weight of a known kind, checked to be one that can be adapted in this mode."""
     module, names = index.modules[key], tuple(index.names[key])
     if mode == "beside" and not isinstance(kind, CalledKind):
-        raise _only_read(join(names[0], kind.parameter))
+        raise only_read(join(names[0], kind.parameter))
+    if mode == "weight" and isinstance(kind, Foreign):
+        raise only_called(module, kind, join(names[0], kind.parameter))
     called = isinstance(kind, CalledKind) and mode != "weight"
-    _check_weight(module, kind, names[0], whole)
+    check_weight(module, kind, names[0], whole)
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
     if not called and not settled:
         raise LorakitError(
@@ -285,10 +295,6 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool
             "before each call (an old weight_norm, say); use torch.nn.utils.parametrizations instead"
         )
     return Place(names, module, kind, "beside" if called else "weight", index.tied(module, kind.parameter))
-
-
-def _only_read(name: str) -> LorakitError:
-    return LorakitError(f"{name!r} is read, not called, so nothing can sit beside it; use mode='auto' or 'weight'")
 
 
 def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
@@ -303,18 +309,3 @@ def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
     if below:
         return LorakitError(f"{what}: it only holds other layers; name those, such as {_some(below)}")
     return LorakitError(f"{what}: it has no weight; name a layer that has one, or a parameter")
-
-
-def _check_weight(module: nn.Module, kind: Kind, path: str, whole: bool) -> None:
-    name = join(path, kind.parameter)
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
-    if hasattr(module, "lora") and not isinstance(module.lora, Adapters):
-        raise LorakitError(f"cannot adapt {name!r}: {type(module).__name__} has a 'lora' of its own, our place")
-    weight: Any = base_weight(module, kind.parameter)
-    if is_lazy(weight):
-        raise LorakitError(f"cannot adapt {name!r}: its shape is not known yet; run the model once first")
-    if not weight.dtype.is_floating_point:
-        raise LorakitError(f"cannot adapt {name!r}: its dtype is {weight.dtype}; LoRA needs a floating-point weight")
-    if (weight.dim() < 2 and not whole) or 0 in weight.shape:
-        raise LorakitError(f"cannot adapt {name!r}: its shape {tuple(weight.shape)} is no matrix")

@@ -4,6 +4,7 @@ from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Up
 from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
+from lorakit.layers.foreign import Foreign, check_read, dense_weight, outline, stored_dtype
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
 from lorakit.layers.kind import (
     CalledKind,
@@ -18,11 +19,14 @@ from lorakit.layers.kind import (
 )
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.requantize import Requantized, plain_linear, replace_layer, requantized
+from lorakit.layers.stored import scheme_of, stored_tensors
 from lorakit.layers.transposed import TransposedLinear
 
 KINDS: tuple[type[Kind], ...] = (
     Linear,
     TransposedLinear,
+    Foreign,
     Convolution,
     TransposedConvolution,
     Embedding,
@@ -42,6 +46,7 @@ __all__ = [
     "Convolution",
     "Embedding",
     "EmbeddingBag",
+    "Foreign",
     "Inputs",
     "Kind",
     "LastAxisKind",
@@ -49,6 +54,7 @@ __all__ = [
     "Mode",
     "Parameter",
     "ReadEmbedding",
+    "Requantized",
     "Selection",
     "TransposedConvolution",
     "TransposedLinear",
@@ -57,10 +63,19 @@ __all__ = [
     "adapters_of",
     "base_weight",
     "check_changeable",
+    "check_read",
+    "dense_weight",
     "in_dtype",
     "install",
     "kind_of",
+    "outline",
+    "plain_linear",
     "register_kind",
     "register_late",
+    "replace_layer",
+    "requantized",
+    "scheme_of",
+    "stored_dtype",
+    "stored_tensors",
     "uninstall",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Adapters
 from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype
+from lorakit.layers.severed import guarded
 
 
 class _Hooked(dict[str, Any]):
@@ -97,7 +98,11 @@ def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     for parameter in adapters:
         adapted = adapters[parameter]
         for update, strength in adapted.acting("beside"):
-            y = update.beside(layer, _inputs(cast(CalledKind, adapted.kind), args, kwargs), output, y, strength)
+            kind = cast(CalledKind, adapted.kind)
+            inputs = _inputs(kind, args, kwargs)
+            if kind.may_sever and y is output:
+                y = output = guarded(layer, inputs, output)
+            y = update.beside(layer, inputs, output, y, strength)
     return y
 
 

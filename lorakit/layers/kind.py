@@ -69,6 +69,8 @@ class CalledKind(Kind):
     takes: ClassVar[Literal["vectors", "indices", "other"]] = "other"
     """What the first input is, if nothing else is done with it: vectors (..., k) that the matrix is applied to, or
     indices (...) of its columns, of which each is returned."""
+    may_sever: ClassVar[bool] = False
+    """Whether such a layer may give no gradient to its input; then it is watched for that."""
 
     @abstractmethod
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -96,7 +98,8 @@ class LastAxisKind(CalledKind):
     @final
     def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
         """Y − bias; y: (..., d)."""
-        bias = getattr(layer, "bias", None)
+        bias: Any = getattr(layer, "bias", None)
+        bias = bias() if callable(bias) else bias  # a method of some quantized layers
         return y if bias is None else y - bias.to(y.dtype)
 
     @final
