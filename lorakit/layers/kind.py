@@ -84,6 +84,10 @@ class CalledKind(Kind):
         """What the layer would return with this weight and no bias; inputs as for `beside`, y gives the size."""
 
     @abstractmethod
+    def has_rows(self, layer: nn.Module, y: Tensor) -> bool:
+        """Whether the first axis of the output y is the batch's, and so that of the inputs."""
+
+    @abstractmethod
     def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
         """The layer's output less its bias."""
 
@@ -94,6 +98,11 @@ class CalledKind(Kind):
 
 class LastAxisKind(CalledKind):
     """A called layer whose outputs are the last axis of what it returns."""
+
+    @final
+    def has_rows(self, layer: nn.Module, y: Tensor) -> bool:
+        """Unless y is a single vector."""
+        return y.dim() > 1
 
     @final
     def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
