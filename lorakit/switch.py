@@ -59,11 +59,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """An adapter for each row of the batch, inside a block: `with per_row(model, ["sql", None, "js"]): model(x)`.
+    """Inside a `with` block, an adapter for each row of the batch: a name, or None for the base alone.
 
     Row i of the first axis is computed with the adapter of that name, or with the base alone; in training the gradient
     of each row reaches its own adapter (those that `set_trainable` lets train). Rows are told by the first axis of what
     each adapted layer returns, so the model must keep the batch there: a layer that sees another size is an error.
+
+    Example:
+        >>> with per_row(model, ["sql", None, "js"]):
+        ...     y = model(x)  # three rows
 
     Raises:
         LorakitError: no rows, an unknown name, or an adapter that acts in a weight, which all rows share.
