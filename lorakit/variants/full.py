@@ -1,6 +1,6 @@
 """Whole weights and rows of them, trained beside low-rank updates: biases, norms, heads, new tokens of an embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, final
 
@@ -115,10 +115,10 @@ class RowsUpdate(Update):
         super().__init__()
         self.kind = kind
         self.mode = mode
-        rows = torch.tensor(spec.rows, device=weight.device)
-        self.register_buffer("rows", rows, persistent=False)
-        self.value = nn.Parameter(weight.detach()[rows].to(accumulation_dtype(weight.dtype)))
         self._spec = spec
+        rows = torch.tensor(spec.rows, device=weight.device)
+        self.value = nn.Parameter(weight.detach()[rows].to(accumulation_dtype(weight.dtype)))
+        self.register_buffer("rows", rows, persistent=False)
 
     rows: Tensor
 
@@ -144,4 +144,13 @@ class RowsUpdate(Update):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the rows' values, and their indices to that device."""
         super().restore(tensors)
+        self._place_rows()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowsUpdate":
+        # `.to_empty()` leaves no values in a buffer that no checkpoint holds.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_rows()
+        return self
+
+    def _place_rows(self) -> None:
         self.rows = torch.tensor(self._spec.rows, device=self.value.device)
