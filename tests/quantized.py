@@ -15,8 +15,7 @@ from lorakit.layers import dense_weight, kind_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what these libraries say when they are imported
-    bnb = pytest.importorskip("bitsandbytes")
-    pytest.importorskip("torchao")
+    import bitsandbytes as bnb
     import torchao.quantization as ao
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
