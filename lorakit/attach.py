@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from lorakit.change import Addition, add, drop, drop_all
+from lorakit.patterns import Targets
 from lorakit.plan import Plan, draw_up
 from lorakit.state import require
-from lorakit.targets import RequestedMode, Targets
+from lorakit.targets import RequestedMode
 from lorakit.variants import Variant
 
 

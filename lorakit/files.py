@@ -50,7 +50,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     check_complete(root, state, name)
     names = state.variants[name].file_names
     return {
-        file_key(site.path, site.parameter, names[tensor], site.adapted.kind.lookup): value.detach()
+        file_key(site.path, site.parameter, names[tensor], site.adapted[name].kind.lookup): value.detach()
         for site in sites(root, name)
         for tensor, value in site.adapted[name].named_parameters()
     }

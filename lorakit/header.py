@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
-from lorakit.layers import Mode, TransposedLinear, base_weight, kind_of
+from lorakit.layers import Mode, TransposedLinear, base_weight, kinds_of
 from lorakit.state import Site
 from lorakit.storage import parse_json_object
 from lorakit.variants import VARIANTS, LoRA, Variant
@@ -33,14 +33,17 @@ class WeightEntry:
     dtype: str | None
     sample: str | None
     """The base weight's fingerprint."""
+    slices: tuple[str, ...] = ()
+    """The names of the slices that were adapted, each by itself; empty if it is the parameter as a whole."""
 
     @classmethod
     def of(cls, site: Site, name: str) -> "WeightEntry":
         """The entry for a live weight."""
         weight = base_weight(site.layer, site.parameter)
-        mode = site.adapted[name].mode
+        update = site.adapted[name]
         dtype = str(weight.dtype).removeprefix("torch.")
-        return cls(site.path, site.parameter, mode, tuple(weight.shape), dtype, fingerprint(weight))
+        sample, slices = fingerprint(weight), update.kind.slices
+        return cls(site.path, site.parameter, update.mode, tuple(weight.shape), dtype, sample, slices)
 
     @property
     def name(self) -> str:
@@ -101,8 +104,8 @@ def parse_header(text: str, where: str) -> Header:
 
 
 def _entry(raw: Mapping[str, Any]) -> WeightEntry:
-    entry = WeightEntry(**{**raw, "shape": tuple(raw["shape"])})
-    words = (entry.path, entry.parameter, entry.dtype)
+    entry = WeightEntry(**{**raw, "shape": tuple(raw["shape"]), "slices": tuple(raw.get("slices", ()))})
+    words = (entry.path, entry.parameter, entry.dtype, *entry.slices)
     if not all(isinstance(word, str) for word in words) or entry.mode not in ("beside", "weight"):
         raise TypeError(f"{raw!r}")
     if not all(isinstance(size, int) and size >= 0 for size in raw["shape"]):
@@ -128,7 +131,9 @@ def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
         "alpha_pattern": {},
         "bias": "none",
         "fan_in_fan_out": any(
-            isinstance(kind_of(model.get_submodule(entry.path)), TransposedLinear) for entry in header.weights
+            isinstance(kind, TransposedLinear)
+            for entry in header.weights
+            for kind in kinds_of(model.get_submodule(entry.path))
         ),
         "init_lora_weights": True,
         "inference_mode": True,

@@ -10,9 +10,10 @@ from lorakit.change import Addition
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry, file_key
-from lorakit.layers import Update, accumulation_dtype
+from lorakit.index import Index
+from lorakit.layers import CalledKind, Update, accumulation_dtype
 from lorakit.plan import Plan, plan_of
-from lorakit.targets import Index, Place, place_of
+from lorakit.targets import Place, place_of
 from lorakit.variants import LoRA, Variant
 
 
@@ -37,7 +38,7 @@ def build_additions(
         problems.append("it adapts no weight")
     for entry in header.weights:
         try:
-            place = place_of(index, entry.path, entry.parameter, entry.mode)
+            place = _place(index, header, entry)
         except LorakitError as error:
             problems.append(str(error))
             for lookup in (False, True):  # whatever it was, its tensors are accounted for
@@ -61,6 +62,15 @@ def build_additions(
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
     return plan_of(root, header.variant, places, name, variants), additions
+
+
+def _place(index: Index, header: Header, entry: WeightEntry) -> Place:
+    """Where an entry is adapted. A file that does not say how, PEFT's, has its dropout on the input of a call."""
+    place = place_of(index, entry.path, entry.parameter, entry.mode, entry.slices)
+    drops = isinstance(header.variant, LoRA) and header.variant.dropout > 0
+    if entry.mode is None and drops and isinstance(place.kind, CalledKind) and place.mode == "weight":
+        return replace(place, mode="beside")
+    return place
 
 
 Found = dict[str, tuple[str, Tensor | None]]

@@ -10,9 +10,10 @@ from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
 from lorakit.layers import Adapters
+from lorakit.patterns import Targets
 from lorakit.state import check_addition, root_of
 from lorakit.tables import shape, table
-from lorakit.targets import Place, RequestedMode, Targets, resolve
+from lorakit.targets import Place, RequestedMode, resolve
 from lorakit.variants import Variant
 
 
@@ -121,6 +122,8 @@ def _row(place: Place, variant: Variant) -> Row:
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None
     notes = [f"also {name}" for name in place.names[1:]] + [f"tied to {name}" for name in place.tied]
+    if place.kind.slices:
+        notes.append(f"slices {', '.join(place.kind.slices)}")
     caution = variant.caution(place.kind, sketch)
     return Row(
         layer=place.label,

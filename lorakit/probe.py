@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,7 @@ class _Spy(Update):
     def __init__(self, update: Update) -> None:
         super().__init__()
         self.update = update
+        self.kind = update.kind
         self.mode = update.mode
         self.asked = False
 
@@ -154,7 +155,11 @@ def _spare_buffers(root: nn.Module) -> Iterator[None]:
     with ExitStack() as swapped:
         for module in root.modules():
             copies = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
-            swapped.enter_context(_swapped(module._buffers, copies))
+            if isinstance(module, torch.jit.ScriptModule):  # its buffers lie where Python cannot swap them
+                for name, copy in copies.items():
+                    swapped.callback(cast(Tensor, module._buffers[name]).copy_, copy)
+            else:
+                swapped.enter_context(_swapped(module._buffers, copies))
         yield
 
 

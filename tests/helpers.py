@@ -65,10 +65,13 @@ def factor_key(weight: str, name: str, tensor: str) -> str:
 def factors_of(model: nn.Module, name: str = "default") -> Factors:
     """Copies of A and B of every adapted weight."""
     state = model.state_dict()
-    return {
+    factors = {
         weight: (state[factor_key(weight, name, "A")].clone(), state[factor_key(weight, name, "B")].clone())
         for weight in lk.adapters(model)[name].weights
     }
+    for weight, (A, _) in factors.items():
+        A.slices = model.get_submodule(factor_key(weight, name, "A").rpartition(".")[0]).kind.slices
+    return factors
 
 
 def scale_of(variant: lk.LoRA) -> float:
@@ -97,6 +100,10 @@ def dense_lora(plain: nn.Module, factors: Factors, scale: float) -> nn.Module:
 def product(plain: nn.Module, name: str, A: Tensor, B: Tensor) -> Tensor:
     """B·A with the axes of the weight, from torch's definition of each layer."""
     layer = plain.get_submodule(name.rpartition(".")[0])
+    if isinstance(layer, nn.MultiheadAttention) and A.dim() == 3:
+        parts = dict(zip(A.slices, (b @ a for a, b in zip(A, B, strict=True)), strict=True))
+        zeros = torch.zeros(B.shape[1], A.shape[2], dtype=A.dtype)
+        return torch.cat([parts.get(f"{letter}_proj_weight", zeros) for letter in "qkv"])
     if A.dim() == B.dim() == 3 and not isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
         return torch.stack([b @ a for a, b in zip(A, B, strict=True)])  # an update for each expert
     delta = B.flatten(1) @ A.flatten(1)

@@ -18,6 +18,8 @@ ORDER = [
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},
+    {"index"},
+    {"patterns"},
     {"change", "targets", "header"},
     {"plan"},
     {"attach", "switch", "resident", "loading"},

@@ -1,13 +1,27 @@
 """Where an update sits: one small file per kind of layer. Nothing here knows what is trained."""
 
+from lorakit.layers import attention, recurrent, transformer  # noqa: F401
 from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Update
 from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
-from lorakit.layers.kind import CalledKind, Inputs, Kind, accumulation_dtype, kind_of, register_kind, register_late
+from lorakit.layers.kind import (
+    CalledKind,
+    Inputs,
+    Kind,
+    Parts,
+    accumulation_dtype,
+    kinds_of,
+    parameter_names,
+    parts_of,
+    register_kind,
+    register_late,
+    register_parts,
+)
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.slices import Slices
 from lorakit.layers.transposed import TransposedLinear
 
 KINDS: tuple[type[Kind], ...] = (
@@ -20,6 +34,7 @@ KINDS: tuple[type[Kind], ...] = (
     ReadEmbedding,
     Bilinear,
     Parameter,
+    Slices,
 )
 """Every kind, in the order in which tables name them."""
 
@@ -37,8 +52,10 @@ __all__ = [
     "Linear",
     "Mode",
     "Parameter",
+    "Parts",
     "ReadEmbedding",
     "Selection",
+    "Slices",
     "TransposedConvolution",
     "TransposedLinear",
     "Update",
@@ -47,8 +64,11 @@ __all__ = [
     "base_weight",
     "check_changeable",
     "install",
-    "kind_of",
+    "kinds_of",
+    "parameter_names",
+    "parts_of",
     "register_kind",
     "register_late",
+    "register_parts",
     "uninstall",
 ]

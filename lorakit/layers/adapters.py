@@ -33,6 +33,8 @@ class Update(nn.Module, ABC):
     `torch.nn.utils.parametrize.register_parametrization`.
     """
 
+    kind: Kind
+    """Which part of the weight it changes, and how that is seen: two updates of one weight may differ in it."""
     mode: Mode
 
     @abstractmethod
@@ -72,9 +74,8 @@ class _Children(nn.Module):
 class AdaptedWeight(_Children):
     """The updates of one weight: adapter name → `Update`."""
 
-    def __init__(self, kind: Kind, selection: Selection) -> None:
+    def __init__(self, selection: Selection) -> None:
         super().__init__()
-        self.kind = kind
         self.selection = selection
 
     def __getitem__(self, name: str) -> Update:

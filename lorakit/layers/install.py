@@ -27,7 +27,9 @@ class _Hooked(dict[str, Any]):
 
 def adapters_of(layer: nn.Module) -> Adapters | None:
     """What is installed on the layer, if anything."""
-    lora = layer._modules.get("lora")
+    if "lora" not in layer._modules:  # a scripted module's mapping has no `get`
+        return None
+    lora = layer._modules["lora"]
     return lora if isinstance(lora, Adapters) else None
 
 
@@ -96,7 +98,7 @@ def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     for parameter in adapters:
         adapted = adapters[parameter]
         for update, strength in adapted.acting("beside"):
-            output = update.beside(layer, _inputs(cast(CalledKind, adapted.kind), args, kwargs), output, strength)
+            output = update.beside(layer, _inputs(cast(CalledKind, update.kind), args, kwargs), output, strength)
     return output
 
 

@@ -79,7 +79,7 @@ class LoRA(Variant):
         if mode == "weight" and self.dropout > 0:
             raise LorakitError(
                 f"dropout={self.dropout} acts on the input of a call and cannot be expressed in the weight; "
-                "use dropout=0, or adapt the layer itself, beside its call"
+                "use dropout=0, or adapt the layer itself, beside its call (mode='beside')"
             )
         if kind.lookup and self.dropout > 0:
             raise LorakitError(
