@@ -20,11 +20,12 @@ pytestmark = [
 ]
 
 
-def by_peft(base: nn.Module, targets: list[str]) -> nn.Module:
+def by_peft(base: nn.Module, targets: list[str], **more) -> nn.Module:
     """PEFT's model on a copy of the base, with noise in its factors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, r=2, lora_alpha=2))
+        config = peft.LoraConfig(target_modules=targets, r=2, lora_alpha=2, **more)
+        model = peft.get_peft_model(copy.deepcopy(base), config)
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,6 +87,18 @@ def test_attention_gets_its_output_update_once():
     twice = {name: update * (2 if "out" in name else 1) for name, update in updates.items()}
     assert (theirs(x) - wanted).abs().max() > 0.1
     assert_close(theirs(x), dense(base, twice)(x))  # this is what it computes instead
+
+
+def test_dropout_in_a_config_keeps_the_layers_of_an_encoder_beside_their_calls(tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval(), torch.randn(2, 3, 8)
+    theirs = by_peft(base, ["linear1", "linear2"], lora_dropout=0.1)
+    wanted = dense(base, {f"{name}.weight": update for name, update in updates_of(theirs).items()})(x)
+    theirs.save_pretrained(str(tmp_path / "a"))
+    plan = lk.load(base, tmp_path / "a")
+    assert {row.applied for row in plan.rows} == {"beside"}
+    with torch.no_grad():
+        assert_close(base(x), wanted)
 
 
 @pytest.mark.parametrize("part", ["linear1", "linear2", "self_attn"])
