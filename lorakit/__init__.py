@@ -9,22 +9,33 @@ lk.save(model, "adapters/sql", name="sql")
 
 from lorakit.algebra import decompose, numerical_rank
 from lorakit.attach import attach, detach, plan, remove
+from lorakit.budget import RankBudget
 from lorakit.errors import LorakitError
 from lorakit.files import adapter_state_dict, load, save
 from lorakit.merge import merge, merged
 from lorakit.probe import probe
-from lorakit.resident import adapter_parameters, adapters, set_trainable
+from lorakit.resident import adapter_parameter_groups, adapter_parameters, adapters, set_trainable
 from lorakit.switch import activate, active, disabled
-from lorakit.variants import LoRA, LowRankParametrization
+from lorakit.variants import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, LowRankParametrization, Rows, VeRA
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
+    "DoRA",
+    "Full",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
     "LorakitError",
     "LowRankParametrization",
+    "RankBudget",
+    "Rows",
+    "VeRA",
     "activate",
     "active",
+    "adapter_parameter_groups",
     "adapter_parameters",
     "adapter_state_dict",
     "adapters",

@@ -1,13 +1,18 @@
 """Put an adapter on a model, and take it off again."""
 
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.change import Addition, add, drop, drop_all
+from lorakit.errors import LorakitError
+from lorakit.evidence import Loss, Sources, gather
 from lorakit.patterns import Targets
-from lorakit.plan import Plan, draw_up
+from lorakit.plan import Pattern, Plan, draw_up
+from lorakit.probe import ProbeReport, probe
 from lorakit.state import require
 from lorakit.targets import RequestedMode
 from lorakit.variants import Variant
@@ -21,9 +26,13 @@ def plan(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
+    ranks: Pattern | None = None,
+    alphas: Pattern | None = None,
+    train_also: Targets | None = None,
+    train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """What `attach` would do with the same arguments; `print` it for a table. Changes nothing."""
-    return draw_up(model, variant, targets, exclude, mode, name)[0]
+    return draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)[0]
 
 
 def attach(
@@ -34,6 +43,14 @@ def attach(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
+    ranks: Pattern | None = None,
+    alphas: Pattern | None = None,
+    train_also: Targets | None = None,
+    train_rows: Mapping[str, Sequence[int]] | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    original: nn.Module | None = None,
+    example: Any = None,
 ) -> Plan:
     """Add a new adapter to a model, in place, and freeze everything else.
 
@@ -52,6 +69,17 @@ def attach(
         mode: "auto" puts the update beside the call of a layer that is called, and in the weight where the weight is
             read; "beside" and "weight" force one.
         name: what to call the adapter: no dot, space or path separator.
+        ranks: other ranks by pattern, as for `targets`: {"*.q_proj": 16}. The last pattern that matches counts.
+        alphas: other alphas, likewise. Without an alpha the scale of each weight is 1, whatever its rank.
+        train_also: what is trained as a whole beside it, with the patterns of `targets`: modules with all that they
+            hold (a head, a norm), or parameters (a bias). As a copy: the base keeps its own. Comes before `targets`.
+        train_rows: rows trained as a whole, such as new tokens of an embedding: {"embed": [50257, 50258]}.
+        data: for an init that is computed from data: batches that the model is called with (a mapping by name, a
+            tuple or list in order), or that `loss` takes. They are run on the base, in the mode the model is in.
+        loss: a function (model, batch) -> loss.
+        original: for init="loftq": the model before it was quantized.
+        example: an input of the model (a tensor, a tuple, or a mapping by name). It is run, as by `probe`, and if an
+            update does not reach the output, attaching is undone and an error names the weights.
 
     Returns:
         What was done; `print` it for a table.
@@ -64,20 +92,38 @@ def attach(
         >>> report = attach(model, LoRA(rank=8), targets="0")
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     """
-    report, places = draw_up(model, variant, targets, exclude, mode, name)
+    report, chosen = draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
+        evidence = gather(Sources(model, data, loss, original), chosen)
         additions = [
-            Addition(place.layer, place.kind, variant.build(place.kind, place.weight, place.mode)) for place in places
+            Addition(place.layer, place.kind, mine.build(place.kind, place.weight, place.mode, seen), mine)
+            for (place, mine), seen in zip(chosen, evidence, strict=True)
         ]
     cautions = [
         f"{place.label!r}: {caution}"
-        for place in places
-        if (caution := variant.caution(place.kind, place.weight)) is not None
+        for place, mine in chosen
+        if (caution := mine.caution(place.kind, place.weight)) is not None
     ]
-    add(model, name, variant, additions, trainable=True)
+
+    def check() -> None:
+        args = () if isinstance(example, Mapping) else example if isinstance(example, tuple | list) else (example,)
+        named = example if isinstance(example, Mapping) else {}
+        _check_effect(probe(model, *args, name=name, **named))
+
+    add(model, name, report.variant, additions, trainable=True, check=None if example is None else check)
     if cautions:
         warnings.warn("; ".join(cautions), stacklevel=2)
     return report
+
+
+def _check_effect(report: ProbeReport) -> None:
+    if report.ok:
+        return
+    lost = [f"{row.weight!r} is {row.train} in train(), {row.eval} in eval()" for row in report.weights if not row.ok]
+    raise LorakitError(
+        f"not attached, for on the example {'; '.join(lost)}. Unreached: the layer did not run; exclude it. Bypassed: "
+        "it ran past the update; use mode='weight'"
+    )
 
 
 def detach(model: nn.Module) -> None:

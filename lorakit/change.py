@@ -1,6 +1,6 @@
 """Every change of what a model carries: add an adapter, drop it, put all aside for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,12 +28,22 @@ class Addition:
     layer: nn.Module
     kind: Kind
     update: Update
+    variant: Variant
+    """The adapter's, or what it is for this weight."""
 
 
-def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition], *, trainable: bool) -> None:
+def add(
+    model: nn.Module,
+    name: str,
+    variant: Variant,
+    additions: list[Addition],
+    *,
+    trainable: bool,
+    check: Callable[[], None] | None = None,
+) -> None:
     """Install a new adapter and make it the only one that acts. The base is frozen.
 
-    If the new adapter is trainable, it becomes the only one that is.
+    If the new adapter is trainable, it becomes the only one that is. If `check` raises, all is undone.
     """
     root = root_of(model)
     for addition in additions:
@@ -51,8 +61,11 @@ def add(model: nn.Module, name: str, variant: Variant, additions: list[Addition]
             parameter.requires_grad_(False)
         for addition in additions:
             _add_one(addition, name, state.selection, trainable)
-        state.weights[name] = tuple(site.name for site in sites(root, name))
+        variants = {id(addition.update): addition.variant for addition in additions}
+        state.weights[name] = {site.name: variants[id(site.adapted[name])] for site in sites(root, name)}
         state.selection.active = ((name, 1.0),)
+        if check is not None:
+            check()
     except BaseException:
         state.selection.active = selected
         drop(root, state, name)

@@ -16,18 +16,11 @@ from torch import Tensor, nn
 from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
-from lorakit.header import (
-    Header,
-    WeightEntry,
-    file_key,
-    header_from_peft,
-    parse_header,
-    peft_config,
-    peft_disagreements,
-)
+from lorakit.header import Header, WeightEntry, file_key, parse_header, variant_to_json
 from lorakit.loading import build_additions
+from lorakit.peft_config import header_from_peft, peft_config, peft_disagreements
 from lorakit.plan import Plan
-from lorakit.state import check_addition, check_complete, one_name, require, root_of, sites
+from lorakit.state import State, check_addition, check_complete, one_name, require, root_of, sites
 from lorakit.storage import read_json_object, read_tensors, write_whole
 
 Verify = Literal["sample", "off"]
@@ -48,11 +41,11 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
     check_complete(root, state, name)
-    names = state.variants[name].file_names
     return {
-        file_key(site.path, site.parameter, names[tensor], site.adapted[name].kind.lookup): value.detach()
+        file_key(site.path, site.parameter, variant.file_names[tensor], site.adapted[name].kind.lookup): value
         for site in sites(root, name)
-        for tensor, value in site.adapted[name].named_parameters()
+        for variant in [state.weights[name][site.name]]
+        for tensor, value in site.adapted[name].saved().items()
     }
 
 
@@ -81,7 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
-    header = Header(name, state.variants[name], tuple(WeightEntry.of(site, name) for site in sites(root, name)))
+    header = Header(name, state.variants[name], _entries(root, state, name))
     content = to_safetensors(tensors, metadata={"format": "pt", "lorakit": header.to_json()})
     if path.suffix == ".safetensors":
         if path.is_dir():
@@ -92,6 +85,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         raise LorakitError(f"cannot write {path}: it is a file; name a directory, or a file ending in .safetensors")
     write_whole(path / _TENSORS, content)
     write_whole(path / _CONFIG, json.dumps(peft_config(header, root), indent=2).encode())
+
+
+def _entries(root: nn.Module, state: State, name: str) -> tuple[WeightEntry, ...]:
+    """What the header says of each weight."""
+    entries = []
+    for site in sites(root, name):
+        mine = state.weights[name][site.name]
+        entries.append(WeightEntry.of(site, name, None if mine == state.variants[name] else variant_to_json(mine)))
+    return tuple(entries)
 
 
 def load(
@@ -130,7 +132,7 @@ def load(
     check_addition(model, name)
     root = root_of(model)
     plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
-    add(root, name, header.variant, additions, trainable=trainable)
+    add(root, name, plan.variant, additions, trainable=trainable)
     return plan
 
 
@@ -149,7 +151,9 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     config = read_json_object(path / _CONFIG) if (path / _CONFIG).exists() or "lorakit" not in metadata else None
     if "lorakit" not in metadata:
         assert config is not None
-        return header_from_peft(config, list(tensors), path), tensors
+        tensors = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in tensors.items()}
+        header = header_from_peft(config, tensors, path)
+        return header, {key: tensor for key, tensor in tensors.items() if key not in header.variant.shared_names}
     header = parse_header(metadata["lorakit"], str(path / _TENSORS))
     if config is not None and (fields := peft_disagreements(header, config)):
         raise LorakitError(

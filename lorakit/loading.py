@@ -14,7 +14,7 @@ from lorakit.index import Index
 from lorakit.layers import CalledKind, Update, accumulation_dtype
 from lorakit.plan import Plan, plan_of
 from lorakit.targets import Place, place_of
-from lorakit.variants import LoRA, Variant
+from lorakit.variants import Full, LowRank, Variant
 
 
 @torch.inference_mode(False)
@@ -27,8 +27,7 @@ def build_additions(
         LorakitError: it does not fit; the message lists everything that is wrong.
     """
     problems: list[str] = []
-    places: list[Place] = []
-    variants: list[Variant] = []
+    chosen: list[tuple[Place, Variant]] = []
     additions: list[Addition] = []
     left = dict(tensors)
     if any(parameter.is_meta for parameter in root.parameters()):
@@ -36,38 +35,42 @@ def build_additions(
     index = Index(root)
     if not header.weights:
         problems.append("it adapts no weight")
+    found: list[tuple[WeightEntry, Place]] = []
     for entry in header.weights:
         try:
-            place = _place(index, header, entry)
+            found.append((entry, _place(index, header, entry)))
         except LorakitError as error:
             problems.append(str(error))
-            for lookup in (False, True):  # whatever it was, its tensors are accounted for
-                _take(left, header, entry, lookup)
-            continue
-        mine = _take(left, header, entry, place.kind.lookup)
+            _forget(left, header, entry)
+    if found:
+        shapes = [place.kind.matrix_shape(place.weight) for _, place in found]
+        header = replace(header, variant=header.variant.fit(shapes))
+    for entry, place in found:
         try:
             problems += _base_problems(place, entry, check_values)
             sketch = torch.empty_like(place.weight, device="meta")
-            variant = _variant_at(place, header.variant)
+            variant = _variant_at(place, header.variant_of(entry))
             update = variant.build(place.kind, sketch, place.mode)
         except LorakitError as error:
             problems.append(str(error))
+            _forget(left, header, entry)
             continue
+        mine = _take(left, header, entry, update.saved(), place.kind.lookup)
         problems += _fill(update, mine, place, header, entry)
-        places.append(place)
-        variants.append(variant)
-        additions.append(Addition(place.layer, place.kind, update))
+        chosen.append((place, variant))
+        additions.append(Addition(place.layer, place.kind, update, variant))
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
-    return plan_of(root, header.variant, places, name, variants), additions
+    return plan_of(root, header.variant, chosen, name), additions
 
 
 def _place(index: Index, header: Header, entry: WeightEntry) -> Place:
     """Where an entry is adapted. A file that does not say how, PEFT's, has its dropout on the input of a call."""
-    place = place_of(index, entry.path, entry.parameter, entry.mode, entry.slices)
-    drops = isinstance(header.variant, LoRA) and header.variant.dropout > 0
+    variant = header.variant_of(entry)
+    place = place_of(index, entry.path, entry.parameter, entry.mode, isinstance(variant, Full), entry.slices)
+    drops = isinstance(variant, LowRank) and variant.dropout > 0
     if entry.mode is None and drops and isinstance(place.kind, CalledKind) and place.mode == "weight":
         return replace(place, mode="beside")
     return place
@@ -77,27 +80,40 @@ Found = dict[str, tuple[str, Tensor | None]]
 """{name of the tensor in the update: (its key in the file, its value there)}"""
 
 
-def _take(left: dict[str, Tensor], header: Header, entry: WeightEntry, lookup: bool) -> Found:
+def _take(
+    left: dict[str, Tensor], header: Header, entry: WeightEntry, wanted: Mapping[str, Tensor], lookup: bool
+) -> Found:
     """The tensors of one weight, taken out of those that are left."""
-    names = header.variant.file_names
+    names = header.variant_of(entry).file_names
     return {
         tensor: (key, left.pop(key, None))
-        for tensor, name in names.items()
-        for key in [file_key(entry.path, entry.parameter, name, lookup)]
+        for tensor in wanted
+        for key in [file_key(entry.path, entry.parameter, names[tensor], lookup)]
     }
+
+
+def _forget(left: dict[str, Tensor], header: Header, entry: WeightEntry) -> None:
+    """Take out whatever one weight may have: what is wrong with it was said."""
+    for name in header.variant_of(entry).file_names.values():
+        for lookup in (False, True):
+            left.pop(file_key(entry.path, entry.parameter, name, lookup), None)
 
 
 def _fill(update: Update, mine: Found, place: Place, header: Header, entry: WeightEntry) -> list[str]:
     """Put the tensors of one weight into its update; returns what is wrong with them."""
     problems = []
-    for tensor, (key, value) in mine.items():
-        problem = _tensor_problem(key, value, getattr(update, tensor))
+    tensors = {}
+    for tensor, wanted in update.saved().items():
+        key, value = mine[tensor]
+        problem = _tensor_problem(key, value, wanted)
         if problem:
             problems.append(problem)
         elif value is not None:
             # Copied out of the file's memory, whose alignment could change how a product rounds.
             dtype = value.dtype if header.ours else accumulation_dtype(value.dtype)
-            setattr(update, tensor, nn.Parameter(value.to(place.weight.device, dtype, copy=True)))
+            tensors[tensor] = value.to(place.weight.device, dtype, copy=True)
+    if not problems:
+        update.restore(tensors)
     dtypes = sorted({str(value.dtype) for _, value in mine.values() if value is not None})
     if len(dtypes) > 1:
         problems.append(f"the tensors of {entry.name!r} are of several dtypes: {', '.join(dtypes)}")
@@ -106,7 +122,8 @@ def _fill(update: Update, mine: Found, place: Place, header: Header, entry: Weig
 
 def _variant_at(place: Place, variant: Variant) -> Variant:
     """PEFT writes one dropout for all layers and ignores it where inputs are indices; so must who reads its files."""
-    return replace(variant, dropout=0.0) if place.kind.lookup and isinstance(variant, LoRA) else variant
+    drops = place.kind.lookup and getattr(variant, "dropout", 0) > 0
+    return replace(variant, **{"dropout": 0.0}) if drops else variant
 
 
 def _tensor_problem(key: str, value: Tensor | None, wanted: Tensor) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakit.change import bare, drop_all
 from lorakit.errors import LorakitError
 from lorakit.layers import accumulation_dtype, base_weight
-from lorakit.state import Site, State, check_complete, layers_of, require, sites
+from lorakit.state import Site, State, check_complete, check_together, layers_of, require, sites
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import table
 
@@ -113,6 +113,7 @@ def _chosen(model: nn.Module, choice: Choice | None) -> tuple[nn.Module, State, 
         raise LorakitError("nothing to merge: no adapter is active or named; name one")
     for name in strengths:
         check_complete(root, state, name)
+    check_together(state, strengths)
     return root, state, strengths
 
 
@@ -131,7 +132,7 @@ def _merge(root: nn.Module, strengths: dict[str, float]) -> list[tuple[Site, Ten
         total = wide
         with torch.autocast(weight.device.type, enabled=False):
             for name in names:
-                total = site.adapted[name](total, strengths[name])
+                total = site.adapted[name].add_to(total, weight, strengths[name])
         result = total.to(weight.dtype)
         if not result.isfinite().all():
             bad.append(site.name)

@@ -1,20 +1,20 @@
 """What attaching would do, as a value that prints as a table."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Adapters
+from lorakit.layers import Adapters, CalledKind
 from lorakit.patterns import Targets
 from lorakit.state import check_addition, root_of
-from lorakit.tables import shape, table
-from lorakit.targets import Place, RequestedMode, resolve
-from lorakit.variants import Variant
+from lorakit.tables import shape, size, table
+from lorakit.targets import Place, RequestedMode, resolve, selected, wholes
+from lorakit.variants import Full, Rows, Variant
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Row:
     """The weight's shape."""
     tensors: dict[str, tuple[int, ...]]
     """The shapes of the trained tensors: {"A": (r, k), "B": (d, r)} for LoRA."""
+    bytes: int
+    """What the trained tensors take in memory."""
     applied: str
     """"beside" the layer's call, or "in the weight"."""
     note: str
@@ -48,11 +50,18 @@ class Plan:
     rows: tuple[Row, ...]
     base_parameters: int
     """Numbers in the base model, each shared one counted once."""
+    base_bytes: int
+    """What they take in memory."""
 
     @property
     def parameters(self) -> int:
         """Numbers the adapter adds."""
         return sum(row.parameters for row in self.rows)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """What Adam keeps for them: two moments for each number."""
+        return 2 * sum(row.bytes for row in self.rows)
 
     @property
     def percent(self) -> float:
@@ -80,7 +89,12 @@ class Plan:
             f"{self.name}: {self.variant}\n"
             + table(headers, rows, right=("parameters", "of W"))
             + f"\n{self.parameters:,} new numbers beside {self.base_parameters:,} frozen ones: {self.percent:.3f}%"
+            + f"\nAdam's state: {size(self.optimizer_bytes)}; {size(2 * self.base_bytes)} to train all of the base"
         )
+
+
+Pattern = Mapping[str, float]
+"""{pattern: value}: what differs in the weights that a pattern selects."""
 
 
 def draw_up(
@@ -90,8 +104,15 @@ def draw_up(
     exclude: Targets | None,
     mode: RequestedMode,
     name: str,
-) -> tuple[Plan, list[Place]]:
-    """The plan for these arguments, and its places in the same order. Every check is made here; nothing changes."""
+    ranks: Pattern | None = None,
+    alphas: Pattern | None = None,
+    train_also: Targets | None = None,
+    train_rows: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[Plan, list[tuple[Place, Variant]]]:
+    """The plan for these arguments, and its places in the same order, each with what it gets.
+
+    Every check is made here; nothing changes.
+    """
     if not isinstance(model, nn.Module):
         raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(variant, Variant):
@@ -102,16 +123,63 @@ def draw_up(
         raise LorakitError(
             f"adapters were attached to a part of this {type(model).__name__}: attach to that part, or detach it first"
         )
-    places = resolve(root, targets, exclude, mode)
-    return plan_of(root, variant, places, name), places
+    extra = _extra(root, train_also, train_rows)
+    taken = {(id(place.layer), place.kind.parameter) for place, _ in extra}
+    places = [
+        place for place in resolve(root, targets, exclude, mode) if (id(place.layer), place.kind.parameter) not in taken
+    ]
+    if places:
+        variant = variant.fit([place.kind.matrix_shape(place.weight) for place in places])
+    variants = [variant] * len(places)
+    for field, patterns in (("rank", ranks), ("alpha", alphas)):
+        variants = _varied(root, variants, places, field, {} if patterns is None else patterns)
+    chosen = [*zip(places, variants, strict=True), *extra]
+    return plan_of(root, variant, chosen, name), chosen
 
 
-def plan_of(
-    root: nn.Module, variant: Variant, places: Sequence[Place], name: str, each: Sequence[Variant] | None = None
-) -> Plan:
-    """The plan for adapting these places; `each` has the variant of each place where they differ."""
-    variants = each or [variant] * len(places)
-    return Plan(name, variant, tuple(map(_row, places, variants)), _count(root))
+def _extra(
+    root: nn.Module, train_also: Targets | None, train_rows: Mapping[str, Sequence[int]] | None
+) -> list[tuple[Place, Variant]]:
+    """What is trained as a whole, or in rows. It comes before `targets`, which may select it too ("all-linear")."""
+    extra: dict[tuple[int, str], tuple[Place, Variant]] = {}
+    if train_rows is not None and not isinstance(train_rows, Mapping):
+        raise LorakitError(f"train_rows={train_rows!r} must map patterns to rows, such as {{'embed': [7, 8]}}")
+    for pattern, rows in (train_rows or {}).items():
+        for place in resolve(root, pattern, None, "auto"):
+            beside = isinstance(place.kind, CalledKind) and place.kind.takes == "indices"
+            extra[id(place.layer), place.kind.parameter] = (
+                replace(place, mode="beside" if beside else "weight"),
+                Rows(tuple(rows)),
+            )
+    for place in wholes(root, train_also) if train_also is not None else ():
+        if (id(place.layer), place.kind.parameter) in extra:
+            raise LorakitError(f"{place.parameter!r} is selected by train_also and by train_rows: choose one")
+        extra[id(place.layer), place.kind.parameter] = place, Full()
+    return list(extra.values())
+
+
+def _varied(
+    root: nn.Module, variants: list[Variant], places: list[Place], field: str, patterns: Pattern
+) -> list[Variant]:
+    """The variants with one hyper-parameter as the patterns have it; the last that matches a weight counts."""
+    if not isinstance(patterns, Mapping):
+        raise LorakitError(f"{field}s={patterns!r} must map patterns to values, such as {{'*.q_proj': 16}}")
+    varied = list(variants)
+    for pattern, value in patterns.items():
+        chosen = selected(root, pattern, places)
+        if not chosen:
+            raise LorakitError(f"{field}s: {pattern!r} matches none of the weights that targets selects")
+        for i in chosen:
+            if field not in {known.name for known in fields(variants[i])}:
+                raise LorakitError(f"{field}s={patterns!r}: {type(variants[i]).__name__} has no {field}")
+            varied[i] = replace(varied[i], **{field: value})
+    return varied
+
+
+def plan_of(root: nn.Module, variant: Variant, chosen: Sequence[tuple[Place, Variant]], name: str) -> Plan:
+    """The plan for adapting these places, each with its variant."""
+    base = {id(p): p.numel() * p.element_size() for p in _base_parameters(root)}
+    return Plan(name, variant, tuple(_row(place, mine) for place, mine in chosen), _count(root), sum(base.values()))
 
 
 def _row(place: Place, variant: Variant) -> Row:
@@ -130,12 +198,17 @@ def _row(place: Place, variant: Variant) -> Row:
         kind=place.kind.name,
         weight=tuple(weight.shape),
         tensors={name: tuple(tensor.shape) for name, tensor in update.named_parameters()},
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in update.parameters()),
         applied="beside" if place.mode == "beside" else "in the weight",
         note="; ".join([*notes, *([caution] if caution else [])]),
     )
 
 
 def _count(model: nn.Module) -> int:
-    """The base's parameters, without those of adapters."""
+    return sum(p.numel() for p in _base_parameters(model))
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The base's parameters, each once, without those of adapters."""
     added = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in added and not is_lazy(p))
+    return [p for p in model.parameters() if id(p) not in added and not is_lazy(p)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lorakit.layers import Inputs, Update
 from lorakit.state import Site, check_complete, one_name, require, sites
 from lorakit.switch import active
 from lorakit.tables import table
+from lorakit.untouched import spare_buffers, swapped
 
 Effect = Literal["effective", "unreached", "bypassed"]
 
@@ -25,6 +26,11 @@ class Probed:
     train: Effect
     eval: Effect
 
+    @property
+    def ok(self) -> bool:
+        """Whether the update reached the output in both."""
+        return self.train == self.eval == "effective"
+
 
 @dataclass(frozen=True)
 class ProbeReport:
@@ -36,7 +42,7 @@ class ProbeReport:
     @property
     def ok(self) -> bool:
         """Whether every update reached the output, in train and in eval mode."""
-        return bool(self.weights) and all(row.train == row.eval == "effective" for row in self.weights)
+        return bool(self.weights) and all(row.ok for row in self.weights)
 
     def __str__(self) -> str:
         return f"{self.name}\n" + table(
@@ -80,7 +86,7 @@ def probe(model: nn.Module, *inputs: Any, name: str | None = None, **named_input
 def _effects(root: nn.Module, run: Callable[[], Any], where: list[Site], name: str) -> list[Effect]:
     def output() -> list[Tensor]:
         devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
-        with _spare_buffers(root), torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
+        with spare_buffers(root), torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
             torch.manual_seed(0)
             return [tensor.clone() for tensor in _tensors(run())]
 
@@ -110,18 +116,16 @@ class _Spy(Update):
     def __init__(self, update: Update) -> None:
         super().__init__()
         self.update = update
-        self.kind = update.kind
-        self.mode = update.mode
+        self.kind, self.mode, self.enabled = update.kind, update.mode, update.enabled
         self.asked = False
 
-    def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+    def delta_weight(self, weight: Tensor) -> Tensor:
         self.asked = True
-        result: Tensor = self.update(weight, strength)
-        return result
+        return self.update.delta_weight(weight)
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
         self.asked = True
-        return self.update.beside(layer, inputs, y, strength)
+        return self.update.beside(layer, inputs, base, y, strength)
 
 
 @contextmanager
@@ -138,40 +142,15 @@ def _watched(site: Site, name: str) -> Iterator[_Spy]:
 def _noise(update: Update) -> Iterator[None]:
     """Standard normal noise in all the update's tensors; the values from before after it."""
     generator = torch.Generator().manual_seed(0)
-    with ExitStack() as swapped:
+    with ExitStack() as aside:
         for module in update.modules():
             noise = {
                 name: nn.Parameter(torch.randn(p.shape, generator=generator).to(p), requires_grad=False)
                 for name, p in module._parameters.items()
                 if p is not None
             }
-            swapped.enter_context(_swapped(module._parameters, noise))
+            aside.enter_context(swapped(module._parameters, noise))
         yield
-
-
-@contextmanager
-def _spare_buffers(root: nn.Module) -> Iterator[None]:
-    """Let the model write into copies of its buffers: running statistics and the like stay as they were."""
-    with ExitStack() as swapped:
-        for module in root.modules():
-            copies = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
-            if isinstance(module, torch.jit.ScriptModule):  # its buffers lie where Python cannot swap them
-                for name, copy in copies.items():
-                    swapped.callback(cast(Tensor, module._buffers[name]).copy_, copy)
-            else:
-                swapped.enter_context(_swapped(module._buffers, copies))
-        yield
-
-
-@contextmanager
-def _swapped(held: dict[str, Any], others: dict[str, Any]) -> Iterator[None]:
-    """Other values in a mapping for a while. Nothing is written into a tensor: autograd may still need it."""
-    before = {name: held[name] for name in others}
-    held.update(others)
-    try:
-        yield
-    finally:
-        held.update(before)
 
 
 @contextmanager

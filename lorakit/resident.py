@@ -1,11 +1,14 @@
 """What is on a model: its adapters, their tensors, and which of them are trained."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from lorakit.errors import LorakitError
 from lorakit.state import find_root, require, sites, state_of
 from lorakit.variants import Variant
+from lorakit.variants.checks import checked_number
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,37 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
         for site in sites(root, name)
         for parameter in (site.adapted if name is None else site.adapted[name]).parameters()
     ]
+
+
+def adapter_parameter_groups(
+    model: nn.Module, lr: float, ratio: float = 16.0, name: str | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer in which B learns faster than A: LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+
+    Args:
+        model: the model that was given to `attach`.
+        lr: the learning rate of all but B.
+        ratio: the learning rate of B is ratio·lr. (Of an embedding A begins at zero and B does not, and both have lr.)
+        name: the adapter; by default all.
+        **options: further options of the groups, such as weight_decay.
+
+    Raises:
+        LorakitError: no such adapter, no B in it, or a number that is not above 0.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(adapter_parameter_groups(model, lr=1e-4, ratio=16))
+    """
+    lr, ratio = checked_number("lr", lr, above=0), checked_number("ratio", ratio, above=0)
+    root, _ = require(model, None if name is None else [name])
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for site in sites(root, name):
+        for update in [site.adapted[each] for each in site.adapted if name in (None, each)]:
+            for key, parameter in update.named_parameters():
+                (fast if key == "B" and not update.kind.lookup else slow).append(parameter)
+    if not fast:
+        raise LorakitError("no adapter here has a factor B, whose learning rate this is about; use adapter_parameters")
+    return [{"params": slow, "lr": lr, **options}, {"params": fast, "lr": ratio * lr, **options}]
 
 
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:

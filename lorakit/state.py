@@ -5,7 +5,7 @@ no parameter and no buffer, and goes when the last adapter goes.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 from weakref import WeakSet
@@ -30,8 +30,8 @@ class State:
     selection: Selection = field(default_factory=Selection)
     variants: dict[str, Variant] = field(default_factory=dict)
     """Resident adapters by name, in the order in which they came."""
-    weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """The names of the weights that each adapter was added to."""
+    weights: dict[str, dict[str, Variant]] = field(default_factory=dict)
+    """The weights that each adapter was added to, by name, with the variant at each: ranks may differ."""
     frozen: tuple[str, ...] = ()
     """Names of the base's parameters that attaching froze; detaching unfreezes them."""
 
@@ -160,6 +160,22 @@ def check_complete(root: nn.Module, state: State, name: str) -> None:
             f"adapter {name!r} has lost {', '.join(map(repr, sorted(lost)))}: the layers were replaced after it was "
             "added; add it again, or put the layers back"
         )
+
+
+def check_together(state: State, names: Collection[str]) -> None:
+    """Whether these adapters can act at the same time.
+
+    Raises:
+        LorakitError: two of them rescale one weight as a whole, which has no sum.
+    """
+    owner: dict[str, str] = {}
+    for name in names if len(names) > 1 else ():
+        for weight, variant in state.weights[name].items():
+            if variant.exclusive and owner.setdefault(weight, name) != name:
+                raise LorakitError(
+                    f"adapters {owner[weight]!r} and {name!r} cannot act together: at {weight!r} each rescales the "
+                    f"whole weight ({type(variant).__name__}), and two rescalings have no sum; activate one of them"
+                )
 
 
 def one_name(state: State, name: str | None) -> str:

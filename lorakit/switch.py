@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorakit.errors import LorakitError
-from lorakit.state import State, require
+from lorakit.state import State, check_together, require
 from lorakit.variants.checks import is_finite_number
 
 Choice = str | Sequence[str] | Mapping[str, float]
@@ -24,10 +24,12 @@ def activate(model: nn.Module, choice: Choice) -> None:
             by its strength before it is added. An empty list leaves the base alone.
 
     Raises:
-        LorakitError: an unknown name or a strength that is no finite number; the choice is as it was.
+        LorakitError: an unknown name, a strength that is no finite number, or two adapters that cannot act together
+            (two DoRA on one weight); the choice is as it was.
     """
     strengths = strengths_of(choice)
     _, state = require(model, list(strengths))
+    check_together(state, strengths)
     state.selection.active = tuple(strengths.items())
 
 
@@ -40,6 +42,7 @@ def active(model: nn.Module, choice: Choice) -> Iterator[None]:
     """
     strengths = strengths_of(choice)
     _, state = require(model, list(strengths))
+    check_together(state, strengths)
     with _restored(state):
         state.selection.active = tuple(strengths.items())
         yield

@@ -19,3 +19,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
 def shape(size: Sequence[int]) -> str:
     """1000×784."""
     return "×".join(map(str, size))
+
+
+def size(count: int) -> str:
+    """Bytes for a person: 28.2 kB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

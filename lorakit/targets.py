@@ -5,7 +5,7 @@ A pattern is "all-linear"; a name, whole or its last parts ("q_proj"); a glob ("
 pattern must match something, or it is an error that names the nearest real names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -96,8 +96,36 @@ def _choose(chosen: dict[tuple[int, str], Place], place: Place) -> None:
     chosen[key] = place
 
 
-def place_of(index: Index, path: str, parameter: str, mode: Mode | None, slices: tuple[str, ...] = ()) -> Place:
+def selected(model: nn.Module, pattern: Pattern, places: Sequence[Place]) -> list[int]:
+    """Which of the places a pattern selects, by its module or by its parameter."""
+    chosen = _Excluded(Index(model), [pattern])
+    return [i for i, place in enumerate(places) if chosen.has(id(place.layer), place.kind.parameter)]
+
+
+def wholes(model: nn.Module, patterns: Targets) -> list[Place]:
+    """Every parameter that the patterns name, and every one in the modules that they name; in the weight."""
+    index = Index(model)
+    places: dict[tuple[int, str], Place] = {}
+    for pattern in patterns_of(patterns, "train_also"):
+        for key, parameter in matches(index, pattern):
+            below = [("", index.modules[key])] if parameter is not None else layers_of(index.modules[key])
+            for module in {id(module): module for _, module in below}.values():
+                for own in [parameter] if parameter is not None else list(parameter_names(module)):
+                    kind = _kind_named(module, own, whole=True)
+                    if kind.slices:
+                        raise LorakitError(f"{own!r} is a slice of {kind.parameter!r}, which is trained whole or not")
+                    places[id(module), own] = _placed(index, id(module), kind, "weight", whole=True)
+    if not places:
+        raise LorakitError(f"train_also={patterns!r} selects no parameter")
+    return list(places.values())
+
+
+def place_of(
+    index: Index, path: str, parameter: str, mode: Mode | None, whole: bool = False, slices: tuple[str, ...] = ()
+) -> Place:
     """The weight of this layer and name, as a file gives them; `mode` as it was adapted, if that is known.
+
+    If it is trained as a whole it need not be a matrix.
 
     Raises:
         LorakitError: the model has no such weight, or it cannot be adapted so.
@@ -110,16 +138,16 @@ def place_of(index: Index, path: str, parameter: str, mode: Mode | None, slices:
     layer = index.modules[key]
     if parameter not in parameter_names(layer):
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
-    kind = _kind_named(layer, parameter)
+    kind = _kind_named(layer, parameter, whole)
     if slices:
         sliced = next((k for k in kinds_of(layer) if isinstance(k, Slices) and k.parameter == parameter), None)
         if sliced is None or sliced.only(set(slices)).slices != slices:
             raise LorakitError(f"{join(path, parameter)!r} has no slices {', '.join(slices)} here, in this order")
         kind = sliced.only(set(slices))
-    return _placed(index, key, kind, "auto" if mode is None else mode)
+    return _placed(index, key, kind, mode or ("weight" if whole else "auto"), whole)
 
 
-def _kind_named(layer: nn.Module, name: str) -> Kind:
+def _kind_named(layer: nn.Module, name: str, whole: bool = False) -> Kind:
     """The layer's own kind for its own weight or for a slice; for any other parameter the general one."""
     for kind in kinds_of(layer):
         if isinstance(kind, Slices):
@@ -127,7 +155,7 @@ def _kind_named(layer: nn.Module, name: str) -> Kind:
                 return kind.only({name})
         elif kind.parameter == name:
             return kind
-    return Parameter(name)
+    return Parameter(name, flat=whole)
 
 
 class _Excluded:
@@ -188,13 +216,13 @@ def _places(
             yield from _places(index, id(part), None, mode, pattern, out)
 
 
-def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode) -> Place:
+def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool = False) -> Place:
     """The weight of a known kind, checked to be one that can be adapted in this mode."""
     module, names = index.modules[key], tuple(index.names[key])
     if mode == "beside" and not isinstance(kind, CalledKind):
         raise _only_read(join(names[0], kind.parameter))
     called = isinstance(kind, CalledKind) and mode != "weight" and not (mode == "auto" and key in index.read)
-    _check_weight(module, kind, names[0])
+    _check_weight(module, kind, names[0], whole)
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
     if not called and not settled:
         raise LorakitError(
@@ -236,7 +264,7 @@ def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
     return LorakitError(f"{what}: it has no weight; name a layer that has one, or a parameter")
 
 
-def _check_weight(module: nn.Module, kind: Kind, path: str) -> None:
+def _check_weight(module: nn.Module, kind: Kind, path: str, whole: bool) -> None:
     name = join(path, kind.parameter)
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
@@ -247,5 +275,5 @@ def _check_weight(module: nn.Module, kind: Kind, path: str) -> None:
         raise LorakitError(f"cannot adapt {name!r}: its shape is not known yet; run the model once first")
     if not weight.dtype.is_floating_point:
         raise LorakitError(f"cannot adapt {name!r}: its dtype is {weight.dtype}; LoRA needs a floating-point weight")
-    if weight.dim() < 2 or 0 in weight.shape:
+    if (weight.dim() < 2 and not whole) or 0 in weight.shape:
         raise LorakitError(f"cannot adapt {name!r}: its shape {tuple(weight.shape)} is no matrix")

@@ -74,10 +74,22 @@ def factors_of(model: nn.Module, name: str = "default") -> Factors:
     return factors
 
 
-def scale_of(variant: lk.LoRA) -> float:
+def attach(model: nn.Module, case: Any, variant: Any, inputs: tuple[Tensor, ...], **more: Any) -> Any:
+    """`lk.attach` to the weights of a case, with data for the starts that are computed from some."""
+    data = {"data": [inputs], "loss": lambda model, batch: run(model, batch).square().mean()} if variant.needs else {}
+    return lk.attach(model, variant, **case.how, **data, **more)
+
+
+def tensors_of(model: nn.Module, weight: str, name: str = "default") -> dict[str, Tensor]:
+    """The tensors of one update by their keys in the model's state dict."""
+    prefix = factor_key(weight, name, "")
+    return {key: tensor for key, tensor in model.state_dict().items() if key.startswith(prefix)}
+
+
+def scale_of(variant: Any) -> float:
     """The factor before B·A, from the papers: alpha/r, and alpha/√r for rsLoRA."""
-    assert variant.alpha is not None
-    return variant.alpha / (math.sqrt(variant.rank) if variant.scaling == "rslora" else variant.rank)
+    alpha = variant.rank if variant.alpha is None else variant.alpha
+    return alpha / (math.sqrt(variant.rank) if getattr(variant, "scaling", "") == "rslora" else variant.rank)
 
 
 def dense(plain: nn.Module, updates: Mapping[str, Tensor]) -> nn.Module:

@@ -1,6 +1,6 @@
 """The one place where kinds of layers and variants are listed: every law runs over all of them.
 
-A new kind of layer is one more `Case`, a new variant one more entry of `VARIANTS`.
+A new kind of layer is one more `Case`, a new variant one more entry of `VARIANTS`. The matrix of pairs is made of them.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorakit import LoRA
+from lorakit import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, Rows, VeRA
+from lorakit.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,14 @@ def floats(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def tokens(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
-    """One input of indices below 7."""
-    return lambda: (torch.randint(0, 7, shape),)
+    """One input of indices below 7, 0 and 1 among them."""
+
+    def make() -> tuple[Tensor, ...]:
+        indices = torch.randint(0, 7, shape)
+        indices.view(-1)[:2] = torch.tensor([0, 1])
+        return (indices,)
+
+    return make
 
 
 def padded() -> tuple[Tensor, ...]:
@@ -289,17 +296,55 @@ CASES = [
     Case("rnn-cell-whole", lambda: nn.RNNCell(6, 5), lambda: (torch.randn(3, 6), torch.randn(3, 5)), nn.RNNCell),
 ]
 
-VARIANTS = {
-    "lora": LoRA(rank=2),
-    "alpha": LoRA(rank=2, alpha=5),
+LORAS = {
+    "lora": LoRA(rank=2, alpha=5),
     "rslora": LoRA(rank=3, alpha=4, scaling="rslora"),
     "gaussian": LoRA(rank=1, init="gaussian", std=0.2),
 }
+"""For tests that know of A and B alone."""
+
+VARIANTS: dict[str, Variant] = {
+    **LORAS,
+    "orthogonal": LoRA(rank=2, init="orthogonal"),
+    "pissa": LoRA(rank=2, alpha=3, init="pissa"),
+    "olora": LoRA(rank=2, init="olora", scaling="rslora"),
+    "lora-ga": LoRA(rank=1, init="lora-ga"),
+    "eva": LoRA(rank=2, init="eva"),
+    "lora-fa": LoRAFA(rank=2, alpha=3),
+    "dora": DoRA(rank=2, alpha=3),
+    "vera": VeRA(rank=3),
+    "loha": LoHa(rank=2, alpha=3),
+    "lokr": LoKr(rank=1, alpha=2),
+    "lokr-both": LoKr(rank=1, factor=2, decompose_both=True),
+    "adalora": AdaLoRA(rank=2, alpha=3),
+    "full": Full(),
+    "rows": Rows((0, 1)),
+}
+"""Every variant, and every start that LoRA has: all laws hold for each with each case."""
+
+
+def refusal(case: Case, name: str) -> str | None:
+    """What the error says where a pair has no meaning; None where it has."""
+    vectors = case.targets == "all-linear" or case.name.startswith(("linear", "root-", "encoder", "tied"))
+    if name == "eva" and (not vectors or case.name == "attention-out"):
+        return "principal directions"
+    return None
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_PAIRS = [(case, name, variant) for case in CASES for name, variant in VARIANTS.items() if refusal(case, name) is None]
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-over_variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-over_dtypes = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.bfloat16, torch.float16],
-    ids=["float32", "float64", "bfloat16", "float16"],
+over_loras = pytest.mark.parametrize("variant", LORAS.values(), ids=LORAS)
+over_pairs = pytest.mark.parametrize(
+    ("case", "variant"), [pytest.param(case, variant, id=f"{case.name}-{name}") for case, name, variant in _PAIRS]
 )
+over_pairs_and_dtypes = pytest.mark.parametrize(
+    ("case", "variant", "dtype"),
+    [
+        pytest.param(case, variant, dtype, id=f"{case.name}-{name}-{kind}")
+        for case, name, variant in _PAIRS
+        for kind, dtype in (DTYPES | ({"float16": torch.float16} if name == "lora" else {})).items()
+    ],
+)
+over_dtypes = pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float16], ids=[*DTYPES, "float16"])

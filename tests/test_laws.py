@@ -1,6 +1,7 @@
 """Laws 1–5 and 7 of the design, each over every kind of layer and every variant."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,21 +9,26 @@ from helpers import (
     assert_bits,
     assert_close,
     assert_same,
+    attach,
     attached,
     clones,
+    dense,
     dense_lora,
-    factor_key,
     factors_of,
     picture,
     randomize,
+    refused,
     run,
     run_everywhere,
-    scale_of,
     storage,
+    tensors_of,
 )
-from kinds import CASES, Case, over_cases, over_dtypes, over_variants
+from kinds import CASES, VARIANTS, Case, over_cases, over_pairs, over_pairs_and_dtypes, refusal
+from oracles import dense_updates
 
 import lorakit as lk
+from lorakit.layers import KINDS
+from lorakit.variants import VARIANTS as KNOWN
 
 
 def assert_as_bare(case: Case, got, *bare) -> None:
@@ -34,15 +40,13 @@ def assert_as_bare(case: Case, got, *bare) -> None:
             assert any(torch.equal(y, outputs[regime]) for outputs in bare), regime
 
 
-@over_dtypes
-@over_variants
-@over_cases
+@over_pairs_and_dtypes
 def test_attaching_and_disabling_change_no_bit_and_detaching_leaves_nothing(case, variant, dtype):
     model, inputs = case.build(dtype)
     before, base = picture(model), run_everywhere(model, inputs)
     bare = copy.deepcopy(model).requires_grad_(False)
     frozen = run_everywhere(bare, inputs)
-    lk.attach(model, variant, **case.how)
+    attach(model, case, variant, inputs)
     for weight in lk.adapters(model)["default"].weights:
         bare.get_parameter(weight).requires_grad_()
     partly = run_everywhere(bare, inputs)
@@ -72,20 +76,19 @@ def test_modes_and_requires_grad_come_back_as_they_were(case):
     assert_same(picture(model), before)
 
 
-@over_variants
-@over_cases
+@over_pairs
 def test_the_base_keeps_its_keys_values_storage_and_class(case, variant):
-    model, _ = case.build()
+    model, inputs = case.build()
     base, places = clones(model.state_dict()), storage(model.state_dict())
     classes = {name: type(module) for name, module in model.named_modules()}
-    plan = lk.attach(model, variant, **case.how)
+    plan = attach(model, case, variant, inputs)
     randomize(model)
     state = model.state_dict()
     kept = {key: value for key, value in state.items() if key in base}
     assert_bits(kept, base)
     assert storage(kept) == places
-    weights = lk.adapters(model)["default"].weights
-    assert set(state) - set(base) >= {factor_key(weight, "default", tensor) for weight in weights for tensor in "AB"}
+    mine = {key for weight in lk.adapters(model)["default"].weights for key in tensors_of(model, weight)}
+    assert set(state) - set(base) == mine if case.functional else set(state) - set(base) > mine  # twice, if shared
     for name, cls in classes.items():
         now = type(model.get_submodule(name))
         assert issubclass(now, cls)
@@ -122,42 +125,41 @@ def test_a_checkpoint_with_the_adapter_loads_strictly_and_brings_it_back(case):
         model.load_state_dict(checkpoint, strict=True)
 
 
-@over_variants
-@over_cases
+@over_pairs
 def test_outputs_and_gradients_are_those_of_the_dense_formula(case, variant):
     model, inputs = case.build(torch.float64)
     plain = copy.deepcopy(model)
-    lk.attach(model, variant, **case.how)
+    attach(model, case, variant, inputs)
     randomize(model)
-    factors = {w: (A.requires_grad_(), B.requires_grad_()) for w, (A, B) in factors_of(model).items()}
-    leaves = [tensor for pair in factors.values() for tensor in pair]
+    leaves, updates = dense_updates(plain, model, variant)
     x, same_x = (tuple(t.clone().requires_grad_(t.is_floating_point()) for t in inputs) for _ in range(2))
-    wanted = run(dense_lora(plain, factors, scale_of(variant)), same_x)
+    wanted = run(dense(plain, updates), same_x)
     got = run(model, x)
     assert_close(got, wanted)
     cotangent = torch.randn_like(wanted)
     wanted.backward(cotangent)
     got.backward(cotangent)
-    parameters = dict(model.named_parameters())
-    mine = [parameters[factor_key(weight, "default", tensor)] for weight in factors for tensor in "AB"]
-    for parameter, leaf in zip(mine, leaves, strict=True):
-        assert_close(parameter.grad, leaf.grad)
+    mine = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert set(mine) == set(leaves)
+    for key, leaf in leaves.items():
+        assert_close(mine[key].grad, leaf.grad)
     for a, b in zip(x, same_x, strict=True):
         assert (a.grad is None) == (b.grad is None)
         if a.grad is not None:
             assert_close(a.grad, b.grad)
 
 
-@over_dtypes
-@over_variants
-@pytest.mark.parametrize("case", [c for c in CASES if c.mode != "weight"], ids=lambda case: case.name)
+@over_pairs_and_dtypes
 def test_beside_and_in_the_weight_agree(case, variant, dtype):
+    if case.mode == "weight":
+        return
     model, inputs = case.build(dtype)
     other = copy.deepcopy(model)
-    lk.attach(model, variant, **case.how)
-    plan = lk.attach(other, variant, targets=case.targets, mode="weight")
+    attach(model, case, variant, inputs)
+    plan = attach(other, replace(case, mode="weight"), variant, inputs)
     assert {row.applied for row in plan.rows} == {"in the weight"}
     for each in (model, other):
+        each.load_state_dict(model.state_dict(), strict=True)  # the same frozen tensors
         randomize(each)
     y, other_y = run(model, inputs), run(other, inputs)
     assert_close(y, other_y)
@@ -168,38 +170,33 @@ def test_beside_and_in_the_weight_agree(case, variant, dtype):
         assert_close(a.grad, b.grad, dtype)
 
 
-@over_variants
-@over_cases
+@over_pairs
 def test_only_the_adapter_gets_gradients_and_a_step_changes_only_it(case, variant):
     model, inputs = case.build()
     base = clones(model.state_dict())
-    lk.attach(model, variant, **case.how)
+    attach(model, case, variant, inputs)
     randomize(model)
-    mine = {id(p) for p in lk.adapter_parameters(model)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
-    before = clones(factors_of_flat(model))
+    mine = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert {id(p) for p in mine.values()} == {id(p) for p in lk.adapter_parameters(model)}
+    before = clones(model.state_dict())
+    optimizer = torch.optim.AdamW(lk.adapter_parameters(model), lr=0.1, weight_decay=0.1)
     run(model, inputs).square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (id(parameter) in mine) == (parameter.grad is not None), name
+        assert (name in mine) == (parameter.grad is not None), name
     optimizer.step()
     state = model.state_dict()
     assert_bits({key: state[key] for key in base}, base)
-    for key, value in factors_of_flat(model).items():
-        assert not torch.equal(value, before[key])
+    for key in state:
+        assert torch.equal(state[key], before[key]) == (key not in mine), key
 
 
-def factors_of_flat(model):
-    return {f"{w}.{t}": value for w, pair in factors_of(model).items() for t, value in zip("AB", pair, strict=True)}
-
-
-@over_variants
-@over_cases
+@over_pairs
 def test_the_adapter_acts_in_train_and_in_eval_and_in_fused_paths(case, variant):
     model, inputs = case.build()
     plain = copy.deepcopy(model)
-    lk.attach(model, variant, **case.how)
+    attach(model, case, variant, inputs)
     randomize(model)
-    wanted = run_everywhere(dense_lora(plain, factors_of(model), scale_of(variant)), inputs)
+    wanted = run_everywhere(dense(plain, dense_updates(plain, model, variant)[1]), inputs)
     for regime, y in run_everywhere(model, inputs).items():
         assert_close(y, wanted[regime])
     before = picture(model)
@@ -207,3 +204,26 @@ def test_the_adapter_acts_in_train_and_in_eval_and_in_fused_paths(case, variant)
     assert report.ok
     assert [row.weight for row in report.weights] == list(lk.adapters(model)["default"].weights)
     assert_same(picture(model), before)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@over_cases
+def test_a_pair_without_meaning_is_refused_with_the_reason(case, name):
+    word = refusal(case, name)
+    if word is None:
+        return
+    model, inputs = case.build()
+    with refused(model, word):
+        attach(model, case, VARIANTS[name], inputs)
+
+
+def test_no_kind_and_no_variant_is_left_out():
+    assert {type(variant) for variant in VARIANTS.values()} == set(KNOWN.values())
+    assert {variant.init for variant in VARIANTS.values() if isinstance(variant, lk.LoRA)} | {"loftq"} == {
+        *lk.LoRA.inits
+    }
+    kinds = set()
+    for case in CASES:
+        model, _ = case.build()
+        kinds |= {row.kind for row in lk.plan(model, lk.LoRA(rank=1), **case.how).rows}
+    assert kinds == {kind.name for kind in KINDS}

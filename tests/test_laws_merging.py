@@ -9,6 +9,7 @@ from helpers import (
     assert_bits,
     assert_close,
     assert_same,
+    attach,
     attached,
     clones,
     picture,
@@ -16,7 +17,7 @@ from helpers import (
     refused,
     run_everywhere,
 )
-from kinds import VARIANTS, mlp, over_cases, over_dtypes, over_variants
+from kinds import LORAS, mlp, over_pairs, over_pairs_and_dtypes
 from torch import nn
 
 import lorakit as lk
@@ -28,16 +29,14 @@ def three() -> nn.Module:
     """A model with the adapters a, b and c."""
     model = mlp()
     for i, name in enumerate("abc"):
-        attached(model, list(VARIANTS.values())[i], name=name, seed=i)
+        attached(model, list(LORAS.values())[i], name=name, seed=i)
     return model
 
 
-@over_dtypes
-@over_variants
-@over_cases
+@over_pairs_and_dtypes
 def test_merged_is_attached_to_precision_and_comes_back_to_the_bit(case, variant, dtype):
     model, inputs = case.build(dtype)
-    lk.attach(model, variant, **case.how)
+    attach(model, case, variant, inputs)
     randomize(model)
     before, y = picture(model), run_everywhere(model, inputs)
     with lk.merged(model):
@@ -58,13 +57,12 @@ def without_hook_ids(seen):
     return anatomy, seen[1]
 
 
-@over_variants
-@over_cases
+@over_pairs
 @pytest.mark.filterwarnings("ignore:merging untied:UserWarning")
 def test_merging_for_good_keeps_the_output_and_leaves_a_plain_model(case, variant):
     model, inputs = case.build()
     plain = copy.deepcopy(model)
-    lk.attach(model, variant, **case.how)
+    attach(model, case, variant, inputs)
     randomize(model)
     y = run_everywhere(model, inputs)
     report = lk.merge(model)

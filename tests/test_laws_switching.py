@@ -21,7 +21,7 @@ from helpers import (
     run_everywhere,
     scale_of,
 )
-from kinds import VARIANTS, Tied, mlp, over_cases, over_dtypes, shared
+from kinds import LORAS, Tied, mlp, over_cases, over_dtypes, shared
 from torch import nn
 
 import lorakit as lk
@@ -32,7 +32,7 @@ MIXES = [["a"], ["b", "a"], {"a": 0.5}, {"a": -1.0, "b": 2}, {"a": 0.7, "b": 0.2
 def three(model, how):
     """Adapters a, b and c of three variants."""
     for i, name in enumerate("abc"):
-        lk.attach(model, list(VARIANTS.values())[i], **how, name=name)
+        lk.attach(model, list(LORAS.values())[i], **how, name=name)
         randomize(model, name, seed=i)
     return model
 

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_bits, assert_close, assert_same, clones, picture, scale_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import VARIANTS, over_variants
+from kinds import LORAS, over_loras
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
@@ -30,7 +30,7 @@ def parametrized(spec: LoRA, dtype: torch.dtype = torch.float32) -> tuple[nn.Lin
     return layer, update, bare
 
 
-@over_variants
+@over_loras
 def test_the_weight_reads_as_the_sum_when_enabled_and_as_itself_when_not(variant):
     layer, update, bare = parametrized(variant)
     x = torch.randn(3, 7)
@@ -44,7 +44,7 @@ def test_the_weight_reads_as_the_sum_when_enabled_and_as_itself_when_not(variant
     assert_close(update(bare.weight, -0.5), bare.weight - 0.5 * scale_of(variant) * (update.B @ update.A))
 
 
-@over_variants
+@over_loras
 def test_the_factors_are_all_that_is_new(variant):
     layer, update, bare = parametrized(variant)
     new = [p for p in layer.parameters() if p.shape not in {bare.weight.shape, bare.bias.shape}]
@@ -82,7 +82,7 @@ def test_the_layer_it_made_can_itself_be_adapted():
     assert_same(picture(model), before)
 
 
-@pytest.mark.parametrize("variant", [v for n, v in VARIANTS.items() if n != "gaussian"], ids=lambda v: v.scaling)
+@pytest.mark.parametrize("variant", [v for n, v in LORAS.items() if n != "gaussian"], ids=lambda v: v.scaling)
 def test_half_precision_is_rounded_once(variant):
     layer, update, bare = parametrized(variant, torch.bfloat16)
     assert update.A.dtype == update.B.dtype == torch.float32

@@ -7,13 +7,13 @@ import numpy
 import pytest
 import torch
 from helpers import assert_same, picture, refused
-from kinds import Experts, mlp, over_cases, over_variants
+from kinds import Experts, mlp, over_cases, over_loras
 from torch import nn
 
 import lorakit as lk
 
 
-@over_variants
+@over_loras
 @over_cases
 def test_a_plan_changes_nothing_and_is_what_attach_returns(case, variant):
     model, _ = case.build()
@@ -62,7 +62,7 @@ def test_a_plan_of_a_model_too_large_to_hold():
 def test_a_plan_prints_every_fact_it_holds():
     model = nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 10))
     text = str(lk.plan(model, lk.LoRA(rank=16), ["0", "2.weight"], name="digits"))
-    first, header, *rows, last = text.splitlines()
+    first, header, *rows, last, adam = text.splitlines()
     assert first.startswith("digits: LoRA(rank=16")
     assert header.split() == ["layer", "kind", "W", "A", "B", "applied", "parameters", "of", "W", "note"]
     assert rows[0].split()[:6] == ["0", "Linear", "1000×784", "16×784", "1000×16", "beside"]
@@ -71,6 +71,7 @@ def test_a_plan_prints_every_fact_it_holds():
     assert "in the weight" in rows[1]
     assert "rank 16 is above min(d, k) = 10" in rows[1]
     assert "44,704 new numbers beside 795,010 frozen ones: 5.623%" in last
+    assert adam == "Adam's state: 357.6 kB; 6.4 MB to train all of the base"
     assert "note" not in str(lk.plan(model, lk.LoRA(rank=1)))
 
 
@@ -114,7 +115,7 @@ BAD = {
     "dropout-bool": {"rank": 2, "dropout": False},
     "scaling": {"rank": 2, "scaling": "rs"},
     "scaling-list": {"rank": 2, "scaling": ["rslora"]},
-    "init": {"rank": 2, "init": "pissa"},
+    "init": {"rank": 2, "init": "xavier"},
     "init-none": {"rank": 2, "init": None},
     "std-without-gaussian": {"rank": 2, "std": 0.1},
     "std-0": {"rank": 2, "init": "gaussian", "std": 0.0},
@@ -135,7 +136,7 @@ def test_hyper_parameters_out_of_range_are_refused_by_name(bad):
 
 
 def test_hyper_parameters_are_values():
-    assert lk.LoRA(rank=8) == lk.LoRA(rank=8, alpha=8)
+    assert lk.LoRA(rank=8).scale == lk.LoRA(rank=8, alpha=8).scale == 1
     assert lk.LoRA(rank=8) != lk.LoRA(rank=8, alpha=16)
     with pytest.raises(AttributeError):
         lk.LoRA(rank=8).rank = 4

@@ -14,16 +14,16 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables"},
+    {"errors", "tables", "untouched"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},
     {"index"},
     {"patterns"},
     {"change", "targets", "header"},
-    {"plan"},
-    {"attach", "switch", "resident", "loading"},
-    {"merge", "probe", "files"},
+    {"plan", "peft_config", "switch"},
+    {"evidence", "resident", "loading", "probe"},
+    {"attach", "merge", "files", "budget"},
     {"digits"},
     {"cli"},
     {"__main__"},

@@ -96,8 +96,8 @@ class _Terminal:
 
 def _show(console: "Console", r: dict[str, Any]) -> None:
     """The results as tables."""
-    from lorakit.digits.words import PROOFS, duration, size
-    from lorakit.tables import shape
+    from lorakit.digits.words import PROOFS, duration
+    from lorakit.tables import shape, size
 
     digit, parameters, files, switch = r["digit"], r["parameters"], r["files"], r["switch"]
     _table(

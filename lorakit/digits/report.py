@@ -7,8 +7,8 @@ from typing import Any
 
 from lorakit.digits import pictures
 from lorakit.digits.experiment import Run
-from lorakit.digits.words import PROOFS, duration, size
-from lorakit.tables import shape
+from lorakit.digits.words import PROOFS, duration
+from lorakit.tables import shape, size
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">

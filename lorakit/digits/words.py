@@ -11,14 +11,6 @@ PROOFS = {
 """What each proof of the results says."""
 
 
-def size(count: int) -> str:
-    """Bytes for a person: 28.2 kB."""
-    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
-
-
 def duration(seconds: float) -> str:
     """Seconds for a person: 1.2 µs."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):

@@ -7,13 +7,14 @@ whatever the number of layers and of resident adapters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, final
 
+import torch
 from torch import Tensor, nn
 
-from lorakit.layers.kind import Inputs, Kind
+from lorakit.layers.kind import Inputs, Kind, accumulation_dtype
 
 Mode = Literal["beside", "weight"]
 
@@ -29,21 +30,46 @@ class Selection:
 class Update(nn.Module, ABC):
     """The tensors that one adapter trains for one weight, and what they do. Variants subclass it.
 
-    Calling it maps a weight W to the adapted weight, so any update can be given to
-    `torch.nn.utils.parametrize.register_parametrization`.
+    Several that act on one weight are added up, each as it would change the base alone: W + Σ strength·ΔW. Calling one
+    maps a weight W to W + ΔW, so any update can be given to `torch.nn.utils.parametrize.register_parametrization`.
     """
 
     kind: Kind
     """Which part of the weight it changes, and how that is seen: two updates of one weight may differ in it."""
     mode: Mode
+    enabled: bool = True
+    """Set it to False to have the base."""
 
     @abstractmethod
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW, how the base weight changes, in its shape and in the update's dtype, of at least 32 bits."""
+
+    @abstractmethod
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+        """The output y with strength times what this update adds to the layer's own output `base`."""
+
     def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The adapted weight, in the weight's shape and dtype."""
+        """W + strength·ΔW in the weight's dtype, or W itself when not enabled."""
+        if not self.enabled:
+            return weight
+        wide = weight.to(accumulation_dtype(weight.dtype))
+        return self.add_to(wide, weight, strength).to(weight.dtype)
 
-    @abstractmethod
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, strength: float) -> Tensor:
-        """The adapted output, for the layer's inputs and its unadapted output y."""
+    @final
+    def add_to(self, total: Tensor, weight: Tensor, strength: float) -> Tensor:
+        """Total + strength·ΔW of the base weight."""
+        return torch.add(total, self.delta_weight(weight).to(total.dtype), alpha=strength)
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a file holds of it, by the names of `Variant.file_names`."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors that `saved` gave, as they are: their dtype and device are kept."""
+        for name, tensor in tensors.items():
+            if name in self._parameters:
+                tensor = nn.Parameter(tensor)
+            setattr(self, name, tensor)
 
     @final
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -85,7 +111,7 @@ class AdaptedWeight(_Children):
         """The updates that act now in this mode, in the order of activation, each with its strength."""
         for name, strength in self.selection.active:
             update = self._modules.get(name)
-            if update is not None and update.mode == mode:
+            if update is not None and update.mode == mode and update.enabled:
                 yield cast(Update, update), strength
 
     def holds(self, mode: Mode) -> bool:

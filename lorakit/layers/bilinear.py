@@ -6,13 +6,13 @@ from typing import ClassVar, final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.layers.kind import CalledKind, Inputs, Kind, flat_shape, register_kind, runs_its_own_forward
+from lorakit.layers.kind import Inputs, Kind, LastAxisKind, flat_shape, register_kind, runs_its_own_forward
 from lorakit.layers.parameter import Parameter
 
 
 @final
 @dataclass(frozen=True)
-class Bilinear(CalledKind):
+class Bilinear(LastAxisKind):
     """A bilinear layer, y = x1ᵀ·W·x2 + b. A is (r, in1, in2), B is (out, r)."""
 
     name: ClassVar[str] = "Bilinear"
@@ -28,9 +28,18 @@ class Bilinear(CalledKind):
         """(r, in1, in2) and (out, r)."""
         return (rank, *weight.shape[1:]), (weight.shape[0], rank)
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A: (out, in1, in2)."""
-        return (B @ A.flatten(1)).view(weight.shape)
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """(out, in1·in2)."""
+        return weight.flatten(1)
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(out, in1, in2)."""
+        return matrix.reshape(weight.shape)
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """x1ᵀ·W·x2; x1: (..., in1), x2: (..., in2)."""
+        x1, x2 = inputs
+        return F.bilinear(x1, x2.to(weight.dtype), weight)
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x1ᵀ·A·x2)·Bᵀ; x1: (..., in1), x2: (..., in2), y: (..., out)."""

@@ -6,6 +6,7 @@ every group applies to its own inputs, and each output takes from the r channels
 update of the stored weight, which merges into it.
 """
 
+from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, cast, final
@@ -32,9 +33,29 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 """torch's functions by the number of axes of the weight."""
 
 
+class _ChannelsKind(CalledKind, ABC):
+    """A layer whose outputs are the channels: (N, out, *size) or (out, *size)."""
+
+    @final
+    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """Y − bias."""
+        bias = cast(nn.Conv2d, layer).bias
+        return y if bias is None else y - _by_channel(layer, bias.to(y.dtype))
+
+    @final
+    def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
+        """Y·factor for each channel."""
+        return y * _by_channel(layer, factor)
+
+
+def _by_channel(layer: nn.Module, vector: Tensor) -> Tensor:
+    """One number for each channel, (out,), laid out to broadcast over the layer's output."""
+    return vector.view(-1, *(1 for _ in cast(nn.Conv2d, layer).kernel_size))
+
+
 @final
 @dataclass(frozen=True)
-class Convolution(CalledKind):
+class Convolution(_ChannelsKind):
     """A convolution of one to three dimensions. A is (r, in/groups, *kernel), B is (out, r, 1, ...)."""
 
     name: ClassVar[str] = "Conv"
@@ -49,21 +70,28 @@ class Convolution(CalledKind):
         """(r, in/groups, *kernel) and (out, r, 1, ...)."""
         return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A: (out, in/groups, *kernel)."""
-        return (B.flatten(1) @ A.flatten(1)).view(weight.shape)
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """(out, in/groups·kernel)."""
+        return weight.flatten(1)
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(out, in/groups, *kernel)."""
+        return matrix.reshape(weight.shape)
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """The convolution with this weight; torch's own helper applies the padding mode, "same" and all."""
+        return cast(Tensor, cast(nn.Conv2d, layer)._conv_forward(inputs[0], weight, None))
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·B(A(x)); x: (N, in, *size) or (in, *size)."""
-        conv = cast(nn.Conv2d, layer)
-        # torch's own helper applies the padding mode, "same" and all; given A it gives r channels for each group.
-        h = conv._conv_forward(inputs[0], A.repeat(conv.groups, *(1 for _ in A.shape[1:])), None)
-        return y + (_PLAIN[B.dim()](h, B, groups=conv.groups) * scale).to(y.dtype)
+        groups = cast(nn.Conv2d, layer).groups
+        h = self.call(layer, inputs, y, A.repeat(groups, *(1 for _ in A.shape[1:])))  # r channels for each group
+        return y + (_PLAIN[B.dim()](h, B, groups=groups) * scale).to(y.dtype)
 
 
 @final
 @dataclass(frozen=True)
-class TransposedConvolution(CalledKind):
+class TransposedConvolution(_ChannelsKind):
     """A transposed convolution: W is (in, out/groups, *kernel). A is (r, in/groups, *kernel), B is (out, r, 1, ...)."""
 
     name: ClassVar[str] = "ConvTranspose"
@@ -80,15 +108,25 @@ class TransposedConvolution(CalledKind):
         size = weight.shape
         return (rank, size[0] // self.groups, *size[2:]), (size[1] * self.groups, rank, *(1 for _ in size[2:]))
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A, its axes as the weight has them: (in, out/groups, *kernel)."""
-        delta = B.flatten(1) @ A.flatten(1)
-        return delta.view(self.groups, -1, *A.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """(out, in/groups·kernel)."""
+        return self._by_outputs(weight).flatten(1)
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(in, out/groups, *kernel)."""
+        sizes = (weight.shape[1], weight.shape[0] // self.groups, *weight.shape[2:])
+        return matrix.reshape(self.groups, *sizes).transpose(1, 2).reshape(weight.shape)
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·B(A(x)); x: (N, in, *size) or (in, *size)."""
+        groups = cast(nn.ConvTranspose2d, layer).groups
+        kernel = A.transpose(0, 1).repeat(groups, *(1 for _ in A.shape[1:]))  # (in, r, *kernel)
+        return y + (_PLAIN[B.dim()](self.call(layer, inputs, y, kernel), B, groups=groups) * scale).to(y.dtype)
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """The transposed convolution with this weight, of y's size."""
         conv, x = cast(nn.ConvTranspose2d, layer), inputs[0]
-        n = A.dim() - 2
+        n = weight.dim() - 2
         # What the output has beyond its smallest size: the layer's own output_padding, or what output_size asked for.
         extra = [
             y.shape[i - n]
@@ -98,10 +136,8 @@ class TransposedConvolution(CalledKind):
             - 1
             for i in range(n)
         ]
-        kernel = A.transpose(0, 1).repeat(conv.groups, *(1 for _ in A.shape[1:]))  # (in, r, *kernel)
         padding = cast(tuple[int, ...], conv.padding)
-        h = _TRANSPOSED[A.dim()](x, kernel, None, conv.stride, padding, extra, conv.groups, conv.dilation)
-        return y + (_PLAIN[B.dim()](h, B, groups=conv.groups) * scale).to(y.dtype)
+        return _TRANSPOSED[n + 2](x, weight, None, conv.stride, padding, extra, conv.groups, conv.dilation)
 
     def _by_outputs(self, weight: Tensor) -> Tensor:
         """(out, in/groups, *kernel)."""

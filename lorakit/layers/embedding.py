@@ -7,12 +7,13 @@ maximum), the update acts in the weight, which that then applies to.
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from typing import ClassVar, Literal, cast, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.layers.kind import CalledKind, Inputs, Kind, register_kind, runs_its_own_forward
+from lorakit.layers.kind import CalledKind, Inputs, Kind, LastAxisKind, register_kind, runs_its_own_forward
 from lorakit.layers.parameter import Parameter
 
 
@@ -20,7 +21,6 @@ class _Table(Kind, ABC):
     """A weight of (number, dim). A is (r, number) and begins at zero, B is (dim, r)."""
 
     lookup: ClassVar[bool] = True
-    padding_idx: int | None
     parameter = "weight"
     is_linear = False
 
@@ -35,14 +35,19 @@ class _Table(Kind, ABC):
         return (rank, weight.shape[0]), (weight.shape[1], rank)
 
     @final
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """(B·A)ᵀ with zeros at the padding row: (number, dim)."""
-        delta = (B @ A).mT
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """(dim, number)."""
+        return weight.t()
+
+    @final
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(number, dim), with zeros at the padding row."""
+        change = matrix.mT
         if self.padding_idx is None:
-            return delta
-        keep = A.new_ones(A.shape[1], 1)
+            return change
+        keep = change.new_ones(change.shape[0], 1)
         keep[self.padding_idx] = 0
-        return delta * keep
+        return change * keep
 
 
 @final
@@ -51,6 +56,7 @@ class Embedding(_Table, CalledKind):
     """`nn.Embedding`: a look-up."""
 
     name: ClassVar[str] = "Embedding"
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "indices"
     padding_idx: int | None
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -61,10 +67,24 @@ class Embedding(_Table, CalledKind):
             update = update.masked_fill((x == self.padding_idx).unsqueeze(-1), 0.0)
         return y + update.to(y.dtype)
 
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """The rows of this weight; x: (...) of indices."""
+        return F.embedding(inputs[0], weight)
+
+    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """The output itself: there is no bias."""
+        return y
+
+    def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
+        """Y·factor along the last axis, and y itself where the padding is looked up."""
+        if self.padding_idx is None:
+            return y * factor
+        return torch.where((inputs[0] == self.padding_idx).unsqueeze(-1), y, y * factor)
+
 
 @final
 @dataclass(frozen=True)
-class EmbeddingBag(_Table, CalledKind):
+class EmbeddingBag(_Table, LastAxisKind):
     """`nn.EmbeddingBag` with a sum or a mean."""
 
     name: ClassVar[str] = "EmbeddingBag"
@@ -73,18 +93,21 @@ class EmbeddingBag(_Table, CalledKind):
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·bag(A, x)·Bᵀ, for indices, offsets and weights of the samples."""
+        return y + (F.linear(self.call(layer, inputs, y, A.t()), B) * scale).to(y.dtype)
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """Sums or means of rows of this weight."""
         bag = cast(nn.EmbeddingBag, layer)
         x, offsets, weights = (*inputs, None, None)[:3]
-        h = F.embedding_bag(
+        return F.embedding_bag(
             x,
-            A.t().contiguous(),
+            weight.contiguous(),
             offsets,
             mode=bag.mode,
-            per_sample_weights=None if weights is None else weights.to(A.dtype),
+            per_sample_weights=None if weights is None else weights.to(weight.dtype),
             include_last_offset=bag.include_last_offset,
             padding_idx=self.padding_idx,
         )
-        return y + (F.linear(h, B) * scale).to(y.dtype)
 
 
 @final

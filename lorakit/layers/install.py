@@ -95,11 +95,12 @@ def base_weight(layer: nn.Module, parameter: str) -> Tensor:
 def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: the layer's output with every acting update added."""
     adapters = cast(Adapters, layer.lora)
+    y = output
     for parameter in adapters:
         adapted = adapters[parameter]
         for update, strength in adapted.acting("beside"):
-            output = update.beside(layer, _inputs(cast(CalledKind, update.kind), args, kwargs), output, strength)
-    return output
+            y = update.beside(layer, _inputs(cast(CalledKind, update.kind), args, kwargs), output, y, strength)
+    return y
 
 
 def _inputs(kind: CalledKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
@@ -115,7 +116,7 @@ def adapted_weight(weight: Tensor, adapted: AdaptedWeight) -> Tensor:
     for update, strength in adapted.acting("weight"):
         if result is weight:
             result = weight.to(accumulation_dtype(weight.dtype))  # rounded once, after the last update
-        result = update(result, strength)
+        result = update.add_to(result, weight, strength)
     return result.to(weight.dtype)
 
 

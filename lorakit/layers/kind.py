@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ Inputs = tuple[Any, ...]
 
 
 class Kind(ABC):
-    """One weight of a layer, seen as a matrix of d rows (outputs) and k columns (inputs).
+    """One weight of a layer, seen as a matrix of d rows (outputs) and k columns (inputs), or as a stack of them.
 
     A kind that is only this is *read*: the layer's owner takes the weight from its attribute, and an update can act
     in the weight alone.
@@ -35,25 +35,43 @@ class Kind(ABC):
     """The names of the slices of the parameter that it changes; empty if it is not about slices."""
     lookup: ClassVar[bool] = False
     """Whether inputs are indices of columns. A then begins at zero and B at random: what is never looked up stays."""
+    padding_idx: int | None = None
+    """The column that no update changes."""
 
     @abstractmethod
-    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
-        """(d, k) of the weight seen as a matrix."""
+    def matrix_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """(d, k) of the weight seen as a matrix; (E, d, k) if it is a stack of E matrices."""
 
     @abstractmethod
     def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B, as they are stored and trained."""
+        """The shapes of A and B, as they are stored and trained: (r, k) and (d, r), with the layer's own axes."""
 
     @abstractmethod
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The weight as a matrix, of shape `matrix_shape`."""
+
+    @abstractmethod
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """A change given as a matrix, in the weight's own shape and zero where nothing may change.
+
+        `weight` gives the shape and is not read.
+        """
+
+    @final
     def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """B·A in the weight's own shape; `weight` gives the shape and is not read."""
+        inner = len(self.matrix_shape(weight)) - 1
+        return self.weight_of(B.flatten(inner) @ A.flatten(inner), weight)
 
 
 class CalledKind(Kind):
     """A layer that is *called*: an update can also sit beside the call and never form B·A."""
 
     arguments: ClassVar[tuple[str, ...]] = ()
-    """The names of forward's arguments, if `beside` needs more than the first."""
+    """The names of forward's arguments, if what is beside the call needs more than the first."""
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "other"
+    """What the first input is, if nothing else is done with it: vectors (..., k) that the matrix is applied to, or
+    indices (...) of its columns, of which each is returned."""
 
     @abstractmethod
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -61,6 +79,38 @@ class CalledKind(Kind):
 
         `inputs[0]` is in A's dtype, unless it holds indices; the result is in y's.
         """
+
+    @abstractmethod
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """What the layer would return with this weight and no bias; inputs as for `beside`, y gives the size."""
+
+    @abstractmethod
+    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """The layer's output less its bias."""
+
+    @abstractmethod
+    def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
+        """The output y, without bias, with each row of the matrix multiplied by its factor; factor: (d,)."""
+
+
+class LastAxisKind(CalledKind):
+    """A called layer whose outputs are the last axis of what it returns."""
+
+    @final
+    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """Y − bias; y: (..., d)."""
+        bias = getattr(layer, "bias", None)
+        return y if bias is None else y - bias.to(y.dtype)
+
+    @final
+    def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
+        """Y·factor along the last axis."""
+        return y * factor
+
+
+def in_dtype(kind: Kind, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs with the first in this dtype, unless it holds indices."""
+    return inputs if kind.lookup else (inputs[0].to(dtype), *inputs[1:])
 
 
 Kinds = Kind | tuple[Kind, ...] | None

@@ -1,7 +1,7 @@
 """`nn.Linear`: W is (out, in), so d = out and k = in."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorakit.layers.kind import (
-    CalledKind,
     Inputs,
     Kind,
+    LastAxisKind,
     flat_factor_shapes,
     flat_shape,
     register_kind,
@@ -22,10 +22,11 @@ from lorakit.layers.parameter import Parameter
 
 @final
 @dataclass(frozen=True)
-class Linear(CalledKind):
+class Linear(LastAxisKind):
     """A linear layer that is called. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Linear"
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -37,9 +38,17 @@ class Linear(CalledKind):
         """(r, in) and (out, r)."""
         return flat_factor_shapes(weight, rank)
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A: (out, in)."""
-        return B @ A
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The matrix itself."""
+        return matrix
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """x·Wᵀ; x: (..., in)."""
+        return F.linear(inputs[0], weight)
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""

@@ -24,9 +24,9 @@ class Parameter(Kind):
     is_linear: bool = False
     flat: bool = False
 
-    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
-        """(d, k), of each matrix if it is a stack."""
-        return (weight.shape[1], weight.shape[2]) if self._is_stack(weight) else flat_shape(weight)
+    def matrix_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """(d, k), or (E, d, k) of a stack."""
+        return tuple(weight.shape) if self._is_stack(weight) else flat_shape(weight)
 
     def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(r, k) and (d, r), after the stack's axis if there is one."""
@@ -40,9 +40,13 @@ class Parameter(Kind):
             )
         return (count, rank, k), (count, d, rank)
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A in the parameter's shape."""
-        return (B @ A).view(weight.shape)
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """(d, k), or (E, d, k) of a stack."""
+        return weight if self._is_stack(weight) else weight.flatten(1)
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The matrix in the parameter's shape."""
+        return matrix.reshape(weight.shape)
 
     def _is_stack(self, weight: Tensor) -> bool:
         return weight.dim() == 3 and not self.flat

@@ -31,23 +31,19 @@ class Slices(Kind):
         """The same parameter, with these of its slices."""
         return replace(self, slices=tuple(name for name in self.names if name in chosen))
 
-    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
-        """(d, k) of each slice."""
-        return weight.shape[0] // len(self.names), weight.shape[1:].numel()
+    def matrix_shape(self, weight: Tensor) -> tuple[int, int, int]:
+        """(n, d, k): a stack of the chosen slices."""
+        return len(self.slices), weight.shape[0] // len(self.names), weight.shape[1:].numel()
 
     def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(n, r, k) and (n, d, r)."""
-        d, k = self.matrix_shape(weight)
+        count, d, k = self.matrix_shape(weight)
         if rank > min(d, k):
             raise LorakitError(
                 f"rank {rank} is larger than the slice: {self.parameter!r} holds {len(self.names)} slices of {d}×{k}, "
                 f"each with an update of its own; use a rank of at most {min(d, k)}, or leave this weight out"
             )
-        return (len(self.slices), rank, k), (len(self.slices), d, rank)
-
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·A of every chosen slice, zeros in the others: (N·d, k)."""
-        return self.weight_of(B @ A, weight)
+        return (count, rank, k), (count, d, rank)
 
     def matrix_of(self, weight: Tensor) -> Tensor:
         """The chosen slices: (n, d, k)."""

@@ -1,20 +1,21 @@
 """Transformers' `Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
-from lorakit.layers.kind import CalledKind, Inputs, Kind, register_late
+from lorakit.layers.kind import Inputs, Kind, LastAxisKind, register_late
 from lorakit.layers.linear import add_thin_product
 
 
 @final
 @dataclass(frozen=True)
-class TransposedLinear(CalledKind):
+class TransposedLinear(LastAxisKind):
     """A linear layer whose weight is (in, out): d = out, k = in. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Conv1D (transformers)"
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -26,9 +27,18 @@ class TransposedLinear(CalledKind):
         """(r, in) and (out, r)."""
         return (rank, weight.shape[0]), (weight.shape[1], rank)
 
-    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """(B·A)ᵀ: (in, out)."""
-        return (B @ A).mT
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """(out, in)."""
+        return weight.t()
+
+    def weight_of(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(in, out)."""
+        return matrix.t()
+
+    def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
+        """x·W; x: (..., in)."""
+        x: Tensor = inputs[0]
+        return x @ weight
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""

@@ -1,26 +1,22 @@
 """LoRA: W' = W + s·B·A with s = alpha/r (Hu et al. 2021, arXiv:2106.09685, §4.1)."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Parameter, Update, accumulation_dtype
-from lorakit.variants.checks import check_one_of, checked_integer, checked_number
-from lorakit.variants.variant import Variant
-
-# No weight has more rows or columns. A larger rank, from a damaged file say, would overflow the size of a tensor.
-_MOST = 2**24
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Parameter, Update, in_dtype
+from lorakit.variants.low_rank import LowRank, low_rank_arguments
+from lorakit.variants.starts import FROM_VALUES, start
+from lorakit.variants.updates import FactoredUpdate, check_dropout, dropped
 
 
 @final
 @dataclass(frozen=True)
-class LoRA(Variant):
+class LoRA(LowRank):
     """Hyper-parameters of LoRA.
 
     Args:
@@ -30,77 +26,53 @@ class LoRA(Variant):
             on the input, so it needs an update beside the call.
         scaling: "standard" is alpha/r; "rslora" is alpha/√r, which keeps the update's size when the rank grows
             (Kalajdzievski 2023, arXiv:2312.03732).
-        init: how A begins; B is zero. "kaiming" is uniform in ±1/√k, as `nn.Linear` begins; "gaussian" is normal with
-            standard deviation `std`. Of an embedding A is zero and B begins so, "kaiming" being standard normal there.
+        init: how A and B begin.
+            - "kaiming": A is uniform in ±1/√k, as `nn.Linear` begins, B is zero. "gaussian": A is normal with standard
+              deviation `std`. "orthogonal": A has orthonormal rows. Of an embedding A is zero and B begins so,
+              "kaiming" being standard normal there.
+            - "pissa": the largest singular directions of W (arXiv:2404.02948); "olora": W's QR decomposition
+              (arXiv:2406.01775); "lora-ga": the first gradient's singular directions (arXiv:2407.05000), which needs
+              `attach(..., data=, loss=)`. Their first product is subtracted, so attaching changes nothing and W stays;
+              a file holds them as LoRA of twice the rank, exact on the original W.
+            - "eva": A is the principal directions of the layer's inputs (arXiv:2410.07170), B is zero; it needs
+              `attach(..., data=)`.
+            - "loftq": B·A is the best approximation of what quantization took (arXiv:2310.08659), so that attaching
+              brings the model nearer to the original; it needs `attach(..., original=model)`.
         std: for init="gaussian": the standard deviation; None means 1/rank.
 
     Raises:
         LorakitError: a value is out of range or of the wrong type.
     """
 
-    rank: int
-    alpha: float | None = None
-    dropout: float = 0.0
-    scaling: Literal["standard", "rslora"] = "standard"
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    std: float | None = None
-
-    file_names: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
-
-    def __post_init__(self) -> None:
-        rank = checked_integer("rank", self.rank, at_least=1, at_most=_MOST)
-        alpha = rank if self.alpha is None else checked_number("alpha", self.alpha, above=0)
-        dropout = checked_number("dropout", self.dropout, at_least=0, below=1)
-        std = None if self.std is None else checked_number("std", self.std, above=0)
-        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout), ("std", std)):
-            object.__setattr__(self, name, value)
-        check_one_of("scaling", self.scaling, ("standard", "rslora"))
-        check_one_of("init", self.init, ("kaiming", "gaussian"))
-        if std is not None and self.init != "gaussian":
-            raise LorakitError(f"std={std} has no meaning with init={self.init!r}; use init='gaussian'")
+    inits: ClassVar[Sequence[str]] = ("kaiming", "gaussian", "orthogonal", "eva", "loftq", *FROM_VALUES)
 
     @property
-    def scale(self) -> float:
-        """s, the factor before B·A: alpha/r, or alpha/√r for rsLoRA."""
-        alpha = cast(float, self.alpha)
-        return alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+    def subtracts(self) -> bool:
+        """Whether the first product is subtracted, since it is not zero."""
+        return self.init in FROM_VALUES
+
+    def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> Update:
+        """A and B for one weight."""
+        update = SubtractedUpdate if self.subtracts else LowRankParametrization
+        return update(weight, self, kind, mode, evidence)
 
     def peft_fields(self) -> dict[str, Any]:
-        """r, lora_alpha, lora_dropout and use_rslora."""
-        return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.scaling == "rslora",
-        }
+        """r, lora_alpha, lora_dropout and use_rslora, of the LoRA of twice the rank if that is what is saved."""
+        fields = super().peft_fields()
+        if self.subtracts:  # [B, −B₀]·[A; A₀], with the same scale
+            growth = 2**0.5 if self.scaling == "rslora" else 2
+            fields |= {"r": 2 * self.rank, "lora_alpha": fields["lora_alpha"] * growth}
+        return fields
 
-    def build(self, kind: Kind, weight: Tensor, mode: Mode) -> "LowRankParametrization":
-        """A and B for one weight."""
-        if mode == "weight" and self.dropout > 0:
-            raise LorakitError(
-                f"dropout={self.dropout} acts on the input of a call and cannot be expressed in the weight; "
-                "use dropout=0, or adapt the layer itself, beside its call (mode='beside')"
-            )
-        if kind.lookup and self.dropout > 0:
-            raise LorakitError(
-                f"dropout={self.dropout} acts on numbers, and the input of an {kind.name} is indices; use dropout=0 "
-                "there, as an adapter of its own"
-            )
-        return LowRankParametrization(weight, self, kind=kind, mode=mode)
-
-    def caution(self, kind: Kind, weight: Tensor) -> str | None:
-        """A rank above min(d, k) buys nothing."""
-        d, k = kind.matrix_shape(weight)
-        if self.rank <= min(d, k):
-            return None
-        return (
-            f"rank {self.rank} is above min(d, k) = {min(d, k)} of its {d}×{k} weight: B·A cannot have a rank above "
-            f"{min(d, k)}, the rest is parameters without effect"
-        )
+    @classmethod
+    def of_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "LoRA | None":
+        """Plain LoRA."""
+        plain = config.get("peft_type") == "LORA" and not config.get("use_dora")
+        return cls(**low_rank_arguments(config)) if plain else None
 
 
 @final
-class LowRankParametrization(Update):
+class LowRankParametrization(FactoredUpdate):
     """The two factors of one weight: `layer.weight` reads as W + s·B·A when enabled, and as W when not.
 
     `attach` builds these; one can also be used alone, with nothing but torch:
@@ -112,6 +84,7 @@ class LowRankParametrization(Update):
         spec: rank, scale and initialisation.
         kind: how W is seen as a d×k matrix; by default its first axis is d.
         mode: where the update acts when it is attached to a layer.
+        evidence: what the initialisation is computed from, beside W.
 
     Attributes:
         A: (r, k) for a 2-D weight, for others as the kind stores it; in float32 if W is of 16 bits or less, else in
@@ -120,51 +93,85 @@ class LowRankParametrization(Update):
         enabled: set it to False to read W itself.
     """
 
-    def __init__(self, weight: Tensor, spec: LoRA, kind: Kind | None = None, mode: Mode = "weight") -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        spec: LoRA,
+        kind: Kind | None = None,
+        mode: Mode = "weight",
+        evidence: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if weight.dim() < 2 and kind is None:
             raise LorakitError(f"a weight of shape {tuple(weight.shape)} is no matrix; LoRA needs two axes or more")
+        if spec.subtracts:
+            raise LorakitError(f"init={spec.init!r} subtracts its first product: use attach, which builds that")
         self.kind = kind or Parameter("weight", flat=True)
         self.mode = mode
         self.scale = spec.scale
         self.dropout = spec.dropout
-        self.enabled = True
-        a_shape, b_shape = self.kind.factor_shapes(weight, spec.rank)
-        dtype = accumulation_dtype(weight.dtype)
-        self.A = nn.Parameter(torch.empty(a_shape, dtype=dtype, device=weight.device))
-        self.B = nn.Parameter(torch.empty(b_shape, dtype=dtype, device=weight.device))
-        # B·A = 0, so nothing changes. Of a look-up it is A that begins at zero, one column for each index: what is
-        # never looked up in training then stays as it was.
-        random, zero = (self.B, self.A) if self.kind.lookup else (self.A, self.B)
-        nn.init.zeros_(zero)
-        if spec.init == "gaussian":
-            nn.init.normal_(random, std=1 / spec.rank if spec.std is None else spec.std)
-        elif self.kind.lookup:
-            nn.init.normal_(random)
-        else:
-            bound = 1 / math.sqrt(self.kind.matrix_shape(weight)[1])
-            nn.init.uniform_(random, -bound, bound)
+        check_dropout(self.dropout, self.kind, mode)
+        A, B = start(spec, self.kind, weight, evidence)
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
 
-    def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """W + strength·s·B·A, or W itself when not enabled."""
-        if not self.enabled:
-            return weight
-        delta = self.kind.delta_weight(weight, self.A, self.B)
-        wide = torch.promote_types(weight.dtype, delta.dtype)
-        return torch.add(weight.to(wide), delta.to(wide), alpha=self.scale * strength).to(weight.dtype)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.A, self.B
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, strength: float) -> Tensor:
-        """The output y plus strength·s·B(A(x)); y itself when not enabled."""
-        if not self.enabled:
-            return y
-        kind = cast(CalledKind, self.kind)
-        if not kind.lookup:
-            x, *rest = inputs
-            x = x.to(self.A.dtype)
-            if self.dropout > 0 and self.training:
-                x = F.dropout(x, self.dropout)
-            inputs = (x, *rest)
-        return kind.beside(layer, inputs, y, self.A, self.B, self.scale * strength)
+
+@final
+class SubtractedUpdate(Update):
+    """s·(B·A − B₀·A₀), where A₀ and B₀ are how A and B began: zero at the start, though neither factor is.
+
+    The two products are formed alike and then subtracted, so that at the start they cancel to the bit. A file holds
+    the one LoRA of twice the rank that this is: [A; A₀] and [B, −B₀].
+    """
+
+    def __init__(self, weight: Tensor, spec: LoRA, kind: Kind, mode: Mode, evidence: Tensor | None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.mode = mode
+        self.scale = spec.scale
+        self.dropout = spec.dropout
+        check_dropout(self.dropout, self.kind, mode)
+        A, B = start(spec, self.kind, weight, evidence)
+        self._axis = len(self.kind.matrix_shape(weight)) - 2  # of A's ranks; of B's it is the next
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.register_buffer("A0", A.clone())
+        self.register_buffer("B0", B.clone())
+
+    A0: Tensor
+    B0: Tensor
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """s·(B·A − B₀·A₀)."""
+        now = self.kind.delta_weight(weight, self.A, self.B * self.scale)
+        return now - self.kind.delta_weight(weight, self.A0, self.B0 * self.scale)
+
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+        """Y + strength·s·(B(A(x)) − B₀(A₀(x)))."""
+        kind, scale = cast(CalledKind, self.kind), self.scale * strength
+        inputs = dropped(kind, in_dtype(kind, inputs, self.A.dtype), self.dropout, self.training)
+        zero = torch.zeros_like(base, dtype=self.A.dtype)
+        now = kind.beside(layer, inputs, zero, self.A, self.B, scale)
+        then = kind.beside(layer, inputs, zero, self.A0, self.B0, scale)
+        return y + (now - then).to(y.dtype)
+
+    def saved(self) -> dict[str, Tensor]:
+        """[A; A₀] and [B, −B₀]."""
+        return {
+            "A": torch.cat([self.A.detach(), self.A0], self._axis),
+            "B": torch.cat([self.B.detach(), -self.B0], self._axis + 1),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `saved`."""
+        A, A0 = (part.contiguous() for part in tensors["A"].chunk(2, self._axis))
+        B, minus_B0 = (part.contiguous() for part in tensors["B"].chunk(2, self._axis + 1))
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.A0, self.B0 = A0, -minus_B0
 
     def extra_repr(self) -> str:
         """Shapes and scale, for `print(model)`."""

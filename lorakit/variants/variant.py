@@ -1,14 +1,22 @@
 """What a variant is: hyper-parameters that build the trained tensors of one weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from lorakit.layers import Kind, Mode, Update
 
+Evidence = Literal["inputs", "gradients", "original"]
+"""What a start can be computed from, beside the weight: the layer's inputs, the loss's gradient, the true weight."""
 
+VARIANTS: dict[str, type["Variant"]] = {}
+"""Every variant that can be built, by the name that files give it; also one defined outside of this package."""
+
+
+@dataclass(frozen=True)
 class Variant(ABC):
     """A method of low-rank adaptation. Subclasses are frozen dataclasses that validate their hyper-parameters.
 
@@ -16,19 +24,43 @@ class Variant(ABC):
     """
 
     file_names: ClassVar[Mapping[str, str]]
-    """What each trained tensor is called in PEFT's files, after the layer's name."""
+    """What each tensor of its updates is called in PEFT's files, after the layer's name."""
+    shared_names: ClassVar[Sequence[str]] = ()
+    """Keys of PEFT's files for what all weights have in common and what is not stored here."""
+    exclusive: ClassVar[bool] = False
+    """Whether only one such update can act on a weight: it rescales the whole weight, and two have no sum."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if ABC not in cls.__bases__:
+            VARIANTS[cls.__name__] = cls
 
     @abstractmethod
-    def peft_fields(self) -> dict[str, Any]:
-        """The hyper-parameters under the names of PEFT's `adapter_config.json`."""
-
-    @abstractmethod
-    def build(self, kind: Kind, weight: Tensor, mode: Mode) -> Update:
+    def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> Update:
         """The tensors to train for `weight`, on its device, in a state that changes no output.
 
-        Raises `LorakitError` if the variant has no meaning there.
+        `evidence` is what `needs` asks for. A weight on `meta` is a sketch: only the shapes count, nothing is drawn
+        from values. Raises `LorakitError` if the variant has no meaning there.
         """
 
     @abstractmethod
+    def peft_fields(self) -> dict[str, Any]:
+        """peft_type and the hyper-parameters, under the names of PEFT's `adapter_config.json`."""
+
+    @property
+    def needs(self) -> Evidence | None:
+        """What its start is computed from, beside the weight."""
+        return None
+
+    def fit(self, shapes: Sequence[tuple[int, ...]]) -> "Variant":
+        """The variant for weights of these matrix shapes, if that depends on all of them at once."""
+        return self
+
     def caution(self, kind: Kind, weight: Tensor) -> str | None:
         """What a user should know before adapting this weight so, though it works; None if nothing."""
+        return None
+
+    @classmethod
+    def of_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Variant | None":
+        """The variant that a config of PEFT describes, beside the tensors of its file; None if it is another one."""
+        return None

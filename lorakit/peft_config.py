@@ -1,0 +1,170 @@
+"""PEFT's `adapter_config.json`: written beside every adapter, and read where there is no header of ours."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry, variant_to_json
+from lorakit.layers import TransposedLinear, kinds_of
+from lorakit.variants import VARIANTS, Full, Rows, Variant
+
+# Fields of PEFT's configs that do not change what the tensors mean: where they came from, and where they were put,
+# which their keys say. Any other field that is set, and that the variant does not account for, is not understood.
+_UNDERSTOOD = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("ensure_weight_tying", "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+    *("rank_pattern", "alpha_pattern", "bias", "modules_to_save", "trainable_token_indices"),
+    *("init_lora_weights", "init_weights", "vera_dropout", "save_projection"),
+    # AdaLoRA's schedule: it is past
+    *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+    *("lora_alpha", "lora_dropout", "use_rslora", "r"),
+}
+_KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
+_PATTERNS = {"rank_pattern": ("r", "rank"), "alpha_pattern": ("lora_alpha", "alpha")}
+
+
+def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
+    """What PEFT, vLLM and llama.cpp ask of `adapter_config.json`."""
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    mine = header.variant.peft_fields()
+    patterns: dict[str, dict[str, Any]] = {name: {} for name in _PATTERNS}
+    adapted = [entry for entry in header.weights if not isinstance(header.variant_of(entry), Full | Rows)]
+    for entry in adapted:
+        theirs = header.variant_of(entry).peft_fields()
+        for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha")):
+            if theirs.get(key) != mine.get(key):
+                patterns[pattern][re.escape(entry.path)] = theirs[key]
+    config = {
+        "task_type": None,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "base_model_name_or_path": base if isinstance(base, str) else None,
+        "revision": None,
+        **mine,
+        "target_modules": [entry.path if entry.parameter == "weight" else entry.name for entry in adapted],
+        "inference_mode": True,
+    }
+    if "r" in mine and mine["peft_type"] != "VERA":
+        config |= patterns
+    if "lora_alpha" in mine:
+        config |= {
+            "modules_to_save": _whole_modules(header, model) or None,
+            "trainable_token_indices": {
+                entry.path: list(variant.rows)
+                for entry in header.weights
+                for variant in [header.variant_of(entry)]
+                if isinstance(variant, Rows)
+            }
+            or None,
+            "bias": "none",
+            "fan_in_fan_out": any(
+                isinstance(kind, TransposedLinear)
+                for entry in adapted
+                for kind in kinds_of(model.get_submodule(entry.path))
+            ),
+            "init_lora_weights": True,
+        }
+    return config
+
+
+def _whole_modules(header: Header, model: nn.Module) -> list[str]:
+    """The modules all of whose own parameters are trained as a whole."""
+    full: dict[str, set[str]] = {}
+    for entry in header.weights:
+        if isinstance(header.variant_of(entry), Full):
+            full.setdefault(entry.path, set()).add(entry.parameter)
+    return [
+        path
+        for path, names in full.items()
+        if {name for name, p in model.get_submodule(path)._parameters.items() if p is not None} <= names
+    ]
+
+
+def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
+    """Which fields of a config contradict the header it lies beside."""
+    known = {"bias": "none", **header.variant.peft_fields()}
+    return [key for key, value in known.items() if config.get(key, value) != value] + [
+        key for key, value in config.items() if value and key not in _UNDERSTOOD and key not in known
+    ]
+
+
+def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Header:
+    """The header of a directory that PEFT wrote.
+
+    Raises:
+        LorakitError: it is a method that is not known, or has parts that are not read; each is named.
+    """
+    if "peft_type" not in config:
+        raise LorakitError(f"{path}: its config has no 'peft_type', so what the tensors mean is not known")
+    try:
+        found = [variant for cls in VARIANTS.values() if (variant := cls.of_peft(config, tensors)) is not None]
+    except KeyError as error:
+        raise LorakitError(f"{path}: its config has no {error}, and a scale is never guessed") from None
+    except LorakitError as error:
+        raise LorakitError(f"{path}: in its config, {error}") from None
+    if not found:
+        raise LorakitError(f"{path}: peft_type is {config['peft_type']!r}; what can be read is {', '.join(VARIANTS)}")
+    (variant,) = found
+    unread = [
+        f"{key}={value!r}"
+        for key, value in config.items()
+        if value and key not in _UNDERSTOOD and key not in variant.peft_fields()
+    ]
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _KEEPS_THE_BASE:
+        unread.append(f"init_lora_weights={start!r}, which changes the base")
+    if unread:
+        raise LorakitError(f"{path} has what cannot be read yet: {', '.join(unread)}")
+    names = {*variant.file_names.values()} | {LOOKUP_NAMES.get(name, name) for name in variant.file_names.values()}
+    endings = [(key, "." + name) for name in names for key in tensors if key.endswith("." + name)]
+    paths = sorted({key.removeprefix(PREFIX).removesuffix(ending) for key, ending in endings})
+    entries = [_entry(layer, "weight", _own(variant, config, layer, path)) for layer in paths]
+    entries += _extra_entries(config, set(tensors) - {key for key, _ in endings}, path)
+    return Header(path.name, variant, tuple(entries), ours=False)
+
+
+def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:
+    own = None if variant is None else variant_to_json(variant)
+    return WeightEntry(layer, parameter, None, None, None, None, own)
+
+
+def _extra_entries(config: Mapping[str, Any], keys: Collection[str], path: Path) -> list[WeightEntry]:
+    """Whole modules, biases and rows of tokens, which PEFT saves beside the factors."""
+    whole = bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
+    indices = config.get("trainable_token_indices") or {}
+    entries = []
+    for key in sorted(keys):
+        name, ending = key.removeprefix(PREFIX), "." + Rows.file_names["value"]
+        if name.endswith(ending):
+            layer = name.removesuffix(ending)
+            rows = indices if isinstance(indices, list) else _matching(indices, layer)
+            if rows is None:
+                raise LorakitError(f"{path}: trainable_token_indices does not say which rows {key!r} holds")
+            entries.append(_entry(layer, "weight", Rows(tuple(rows))))
+        elif whole:
+            entries.append(_entry(*name.rpartition(".")[::2], Full()))
+    return entries
+
+
+def _matching(patterns: Mapping[str, Any], layer: str) -> Any:
+    """The value of the first pattern that matches the layer's end, as PEFT matches; None if none does."""
+    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    return next(found, None)
+
+
+def _own(variant: Variant, config: Mapping[str, Any], layer: str, path: Path) -> Variant | None:
+    """The variant of one layer, where PEFT's patterns give it another rank or alpha."""
+    own = {}
+    for field, (_, name) in _PATTERNS.items():
+        value = _matching(config.get(field) or {}, layer)
+        if value is not None:
+            own[name] = value
+    known = {field.name for field in fields(variant)}
+    if not own.keys() <= known:
+        raise LorakitError(f"{path}: rank_pattern and alpha_pattern have no meaning for {type(variant).__name__}")
+    return replace(variant, **own) if own else None

@@ -1,0 +1,113 @@
+"""DoRA: direction and magnitude apart, W' = m·(W + s·B·A)/‖W + s·B·A‖ (Liu et al. 2024, arXiv:2402.09353, §4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, base_weight, in_dtype
+from lorakit.variants.low_rank import LowRank, low_rank_arguments
+from lorakit.variants.starts import start
+from lorakit.variants.updates import check_dropout, dropped
+
+_BLOCK = 2**22
+"""Numbers of a 16-bit weight that are widened at a time."""
+
+
+@final
+@dataclass(frozen=True)
+class DoRA(LowRank):
+    """Hyper-parameters of DoRA: those of `LowRank`."""
+
+    file_names: ClassVar[Mapping[str, str]] = {**LowRank.file_names, "magnitude": "lora_magnitude_vector"}
+    exclusive: ClassVar[bool] = True
+
+    def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "MagnitudeUpdate":
+        """A, B and the magnitudes for one weight."""
+        return MagnitudeUpdate(weight, self, kind, mode, evidence)
+
+    def peft_fields(self) -> dict[str, Any]:
+        """LoRA's fields, and use_dora."""
+        return {**super().peft_fields(), "use_dora": True}
+
+    @classmethod
+    def of_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "DoRA | None":
+        """LoRA with use_dora."""
+        dora = config.get("peft_type") == "LORA" and config.get("use_dora")
+        return cls(**low_rank_arguments(config)) if dora else None
+
+
+@final
+class MagnitudeUpdate(Update):
+    """ΔW = g·(W + s·B·A) − W with one g = m/‖W + s·B·A‖ for each row of the matrix (each output).
+
+    The norms are taken as constants by autograd (§4.3), and computed from the factors: ‖W + sBA‖² = ‖W‖² + 2s·B·(A·Wᵀ)
+    + s²·B·(A·Aᵀ)·Bᵀ row by row, without a d×k temporary. Dropout acts on the low-rank part alone.
+
+    Attributes:
+        A, B: as for LoRA.
+        magnitude: m, (d,), as PEFT stores it: (1, d, 1, ...) for a convolution, (E, d) of a stack. It begins as W's
+            own norms, by the same computation, so that g is 1 to the bit.
+    """
+
+    def __init__(self, weight: Tensor, spec: DoRA, kind: Kind, mode: Mode, evidence: Tensor | None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.mode = mode
+        self.scale = spec.scale
+        self.dropout = spec.dropout
+        check_dropout(self.dropout, kind, mode)
+        A, B = start(spec, kind, weight, evidence)
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        rest = B.shape[2:] if len(kind.matrix_shape(weight)) == 2 else ()
+        self.magnitude = nn.Parameter(self._norms(weight).view(*((1, -1, *rest) if rest else B.shape[:-1])))
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """g·(W + s·B·A) − W."""
+        W = weight.to(self.A.dtype)
+        matrix = self.kind.matrix_of(W + self.kind.delta_weight(weight, self.A, self.B * self.scale))
+        change = self._factor(weight).unsqueeze(-1) * matrix - self.kind.matrix_of(W)
+        return self.kind.weight_of(change, weight)
+
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+        """Y + strength·(g·(W·x + s·B·A·x) − W·x)."""
+        kind = cast(CalledKind, self.kind)
+        inputs = dropped(kind, in_dtype(kind, inputs, self.A.dtype), self.dropout, self.training)
+        plain = kind.without_bias(layer, base.to(self.A.dtype))
+        both = kind.beside(layer, inputs, plain, self.A, self.B, self.scale)
+        scaled = kind.scale_rows(layer, inputs, both, self._factor(base_weight(layer, kind.parameter)))
+        return y + ((scaled - plain) * strength).to(y.dtype)
+
+    def _factor(self, weight: Tensor) -> Tensor:
+        """g, (d,) or (E, d); 1 for a row that is zero, which has no direction to rescale."""
+        norms = self._norms(weight)
+        magnitude = self.magnitude.view(norms.shape)
+        return torch.where(norms > 0, magnitude / norms.where(norms > 0, 1), 1)
+
+    @torch.no_grad()
+    def _norms(self, weight: Tensor) -> Tensor:
+        """‖W + s·B·A‖ of each row, (d,) or (E, d)."""
+        inner = len(self.kind.matrix_shape(weight)) - 1
+        A, B = self.A.detach().flatten(inner), self.B.detach().flatten(inner) * self.scale
+        if weight.is_meta:  # a sketch, and autocast knows no such device
+            return B.new_empty(B.shape[:-1])
+        if self.kind.padding_idx is not None:
+            A = A.index_fill(-1, torch.tensor(self.kind.padding_idx, device=A.device), 0)
+        W = self.kind.matrix_of(weight.detach())
+        rows = W.shape[-2] if W.dtype == A.dtype else max(1, _BLOCK // (W.numel() // W.shape[-2]))
+        with torch.autocast(weight.device.type, enabled=False):
+            squares, products = [], []
+            for block in W.split(rows, dim=-2):
+                block = block.to(A.dtype)
+                squares.append(torch.linalg.vector_norm(block, dim=-1).square())
+                products.append(block @ A.mT)  # (…, rows, r)
+            own = (B @ (A @ A.mT) * B).sum(-1)
+            cross = (torch.cat(products, -2) * B).sum(-1)
+            return (torch.cat(squares, -1) + 2 * cross + own).clamp_min(0).sqrt()
+
+    def extra_repr(self) -> str:
+        """Shapes and scale, for `print(model)`."""
+        return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, scale={self.scale:g}, mode={self.mode!r}"

@@ -1,0 +1,116 @@
+"""What the variants with two trained factors share: rank, scale, dropout, and how the factors begin."""
+
+import math
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from lorakit.errors import LorakitError
+from lorakit.layers import Kind
+from lorakit.variants.checks import check_one_of, checked_integer, checked_number
+from lorakit.variants.variant import Evidence, Variant
+
+# No weight has more rows or columns. A larger rank, from a damaged file say, would overflow the size of a tensor.
+_MOST = 2**24
+
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga", "loftq"]
+
+
+def checked_rank(rank: object) -> int:
+    """A rank from 1 to 2²⁴."""
+    return checked_integer("rank", rank, at_least=1, at_most=_MOST)
+
+
+def rank_caution(rank: int, kind: Kind, weight: Tensor) -> str | None:
+    """A rank above min(d, k) buys nothing."""
+    d, k = kind.matrix_shape(weight)[-2:]
+    if rank <= min(d, k):
+        return None
+    return (
+        f"rank {rank} is above min(d, k) = {min(d, k)} of its {d}×{k} weight: B·A cannot have a rank above "
+        f"{min(d, k)}, the rest is parameters without effect"
+    )
+
+
+@dataclass(frozen=True)
+class LowRank(Variant, ABC):
+    """The hyper-parameters of a variant with two factors A and B.
+
+    Args:
+        rank: r, the inner dimension of B·A; from 1 to 2²⁴.
+        alpha: the numerator of the scale, above 0; None means `rank`, a scale of 1.
+        dropout: probability in [0, 1) with which entries of the adapter's input are dropped in training. It acts
+            on the input, so it needs an update beside the call.
+        scaling: "standard" is alpha/r; "rslora" is alpha/√r, which keeps the update's size when the rank grows
+            (Kalajdzievski 2023, arXiv:2312.03732).
+        init: how A and B begin; whichever it is, attaching changes no output (but for "loftq", which is there to).
+            "kaiming": A uniform in ±1/√k, as `nn.Linear` begins, and B zero. Of an embedding A is zero and B standard
+            normal. "gaussian": the same with standard deviation `std`. "orthogonal": with orthonormal rows.
+            "pissa", "olora", "lora-ga": see `LoRA`. "eva": A spans the inputs' principal directions.
+        std: for init="gaussian": the standard deviation; None means 1/rank.
+
+    Raises:
+        LorakitError: a value is out of range or of the wrong type.
+    """
+
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.0
+    scaling: Literal["standard", "rslora"] = "standard"
+    init: Init = "kaiming"
+    std: float | None = None
+
+    file_names: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    inits: ClassVar[Sequence[str]] = ("kaiming", "gaussian", "orthogonal", "eva")
+    """The starts that have a meaning for this variant."""
+
+    def __post_init__(self) -> None:
+        rank = checked_rank(self.rank)
+        alpha = None if self.alpha is None else checked_number("alpha", self.alpha, above=0)
+        dropout = checked_number("dropout", self.dropout, at_least=0, below=1)
+        std = None if self.std is None else checked_number("std", self.std, above=0)
+        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout), ("std", std)):
+            object.__setattr__(self, name, value)
+        check_one_of("scaling", self.scaling, ("standard", "rslora"))
+        check_one_of("init", self.init, self.inits)
+        if std is not None and self.init != "gaussian":
+            raise LorakitError(f"std={std} has no meaning with init={self.init!r}; use init='gaussian'")
+
+    @property
+    def scale(self) -> float:
+        """s, the factor before B·A: alpha/r, or alpha/√r for rsLoRA."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    @property
+    def needs(self) -> Evidence | None:
+        """The inputs for "eva", gradients for "lora-ga", the weights before quantization for "loftq"."""
+        wanted: dict[str, Evidence] = {"eva": "inputs", "lora-ga": "gradients", "loftq": "original"}
+        return wanted.get(self.init)
+
+    def peft_fields(self) -> dict[str, Any]:
+        """The fields of PEFT's LoraConfig."""
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.rank if self.alpha is None else self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.scaling == "rslora",
+        }
+
+    def caution(self, kind: Kind, weight: Tensor) -> str | None:
+        """A rank above min(d, k) buys nothing."""
+        return rank_caution(self.rank, kind, weight)
+
+
+def low_rank_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a LoraConfig of PEFT gives."""
+    return {
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "dropout": config.get("lora_dropout", 0.0),
+        "scaling": "rslora" if config.get("use_rslora") else "standard",
+    }

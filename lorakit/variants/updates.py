@@ -1,0 +1,81 @@
+"""The two shapes that most updates have: s·B·A of two factors, and a dense ΔW."""
+
+from abc import abstractmethod
+from typing import cast, final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.errors import LorakitError
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, base_weight, in_dtype
+
+
+def check_dropout(dropout: float, kind: Kind, mode: Mode) -> None:
+    """Whether dropout can act there: it needs an input that is numbers."""
+    if dropout > 0 and mode == "weight":
+        raise LorakitError(
+            f"dropout={dropout} acts on the input of a call and cannot be expressed in the weight; "
+            "use dropout=0, or adapt the layer itself, beside its call"
+        )
+    if dropout > 0 and kind.lookup:
+        raise LorakitError(
+            f"dropout={dropout} acts on numbers, and the input of an {kind.name} is indices; use dropout=0 "
+            "there, as an adapter of its own"
+        )
+
+
+def dropped(kind: Kind, inputs: Inputs, dropout: float, training: bool) -> Inputs:
+    """The inputs with entries of the first dropped, in training."""
+    if dropout == 0 or not training or kind.lookup:
+        return inputs
+    return (F.dropout(inputs[0], dropout), *inputs[1:])
+
+
+class FactoredUpdate(Update):
+    """ΔW = s·B·A of two factors, however they come about. Beside the call B·A is never formed."""
+
+    scale: float
+    dropout: float = 0.0
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, in the shapes of `kind.factor_shapes`."""
+
+    @final
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """s·B·A."""
+        A, B = self.factors()
+        return self.kind.delta_weight(weight, A, B if self.scale == 1 else B * self.scale)
+
+    @final
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+        """Y + strength·s·B(A(x))."""
+        A, B = self.factors()
+        inputs = dropped(self.kind, in_dtype(self.kind, inputs, A.dtype), self.dropout, self.training)
+        return cast(CalledKind, self.kind).beside(layer, inputs, y, A, B, self.scale * strength)
+
+    def extra_repr(self) -> str:
+        """Shapes and scale, for `print(model)`."""
+        shapes = (f"{name}={tuple(tensor.shape)}" for name, tensor in self.state_dict().items())
+        return f"{', '.join(shapes)}, scale={self.scale:g}, mode={self.mode!r}"
+
+
+class DenseUpdate(Update):
+    """ΔW as a matrix of any make. Beside the call, the layer is called once more, with ΔW for its weight."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """ΔW as a matrix, (d, k), or (E, d, k) of a stack."""
+
+    @final
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """The matrix in the weight's shape."""
+        return self.kind.weight_of(self.matrix(), weight)
+
+    @final
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+        """Y + strength·(the layer with ΔW for its weight)."""
+        kind = cast(CalledKind, self.kind)
+        delta = kind.weight_of(self.matrix(), base_weight(layer, kind.parameter))
+        update = kind.call(layer, in_dtype(kind, inputs, delta.dtype), y, delta)
+        return y + (update * strength).to(y.dtype)
