@@ -15,7 +15,7 @@ from lorakit.files import adapter_state_dict, load, save
 from lorakit.merge import merge, merged
 from lorakit.probe import probe
 from lorakit.resident import adapter_parameter_groups, adapter_parameters, adapters, set_trainable
-from lorakit.switch import activate, active, disabled
+from lorakit.switch import activate, active, disabled, per_row
 from lorakit.variants import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, LowRankParametrization, Rows, VeRA
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "merge",
     "merged",
     "numerical_rank",
+    "per_row",
     "plan",
     "probe",
     "remove",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.change import Addition, add, drop, drop_all
 from lorakit.errors import LorakitError
@@ -14,7 +14,7 @@ from lorakit.patterns import Targets
 from lorakit.plan import Pattern, Plan, draw_up
 from lorakit.probe import ProbeReport, probe
 from lorakit.state import require
-from lorakit.targets import RequestedMode
+from lorakit.targets import Place, RequestedMode
 from lorakit.variants import Variant
 
 
@@ -96,13 +96,13 @@ def attach(
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
         evidence = gather(Sources(model, data, loss, original), chosen)
         additions = [
-            Addition(place.layer, place.kind, mine.build(place.kind, place.weight, place.mode, seen), mine)
+            Addition(place.layer, place.kind, mine.build(place.kind, _given(place, mine), place.mode, seen), mine)
             for (place, mine), seen in zip(chosen, evidence, strict=True)
         ]
     cautions = [
         f"{place.label!r}: {caution}"
         for place, mine in chosen
-        if (caution := mine.caution(place.kind, place.weight)) is not None
+        if (caution := mine.caution(place.kind, place.outline)) is not None
     ]
 
     def check() -> None:
@@ -124,6 +124,11 @@ def _check_effect(report: ProbeReport) -> None:
         f"not attached, for on the example {'; '.join(lost)}. Unreached: the layer did not run; exclude it. Bypassed: "
         "it ran past the update; use mode='weight'"
     )
+
+
+def _given(place: Place, variant: Variant) -> Tensor:
+    """What a variant builds from. A quantized weight is only dequantized for one that looks at its values."""
+    return place.weight if variant.reads_weight else place.outline
 
 
 def detach(model: nn.Module) -> None:

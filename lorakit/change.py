@@ -52,7 +52,7 @@ def add(
     if fresh:
         vars(root)[KEY] = State(frozen=tuple(n for n, p in root.named_parameters() if p.requires_grad))
     state = state_of(root)
-    selected = state.selection.active
+    selected = state.selection.active, state.selection.rows
     others = root.parameters() if fresh else _adapter_parameters(root) if trainable else ()
     frozen = [parameter for parameter in others if parameter.requires_grad]
     state.variants[name] = variant
@@ -63,11 +63,11 @@ def add(
             _add_one(addition, name, state.selection, trainable)
         variants = {id(addition.update): addition.variant for addition in additions}
         state.weights[name] = {site.name: variants[id(site.adapted[name])] for site in sites(root, name)}
-        state.selection.active = ((name, 1.0),)
+        state.selection.choose([(name, 1.0)])
         if check is not None:
             check()
     except BaseException:
-        state.selection.active = selected
+        state.selection.choose(*selected)
         drop(root, state, name)
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -101,7 +101,10 @@ def drop(root: nn.Module, state: State, name: str) -> None:
             install(site.layer, adapters)
     state.variants.pop(name, None)
     state.weights.pop(name, None)
-    state.selection.active = tuple(chosen for chosen in state.selection.active if chosen[0] != name)
+    rows = state.selection.rows
+    state.selection.choose(
+        [chosen for chosen in state.selection.active if chosen[0] != name], None if name in (rows or ()) else rows
+    )
     if not state.variants:
         _forget(root, state)
 
@@ -112,7 +115,7 @@ def drop_all(root: nn.Module, state: State) -> None:
         uninstall(layer)
     state.variants.clear()
     state.weights.clear()
-    state.selection.active = ()
+    state.selection.choose(())
     _forget(root, state)
 
 

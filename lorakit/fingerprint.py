@@ -16,16 +16,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def fingerprint(weight: Tensor) -> str | None:
-    """A hash of 256 values spread evenly over the weight; None for a weight without values (on `meta`).
+def fingerprint(*parts: Tensor) -> str | None:
+    """A hash of 256 values spread evenly over the weight, or over each tensor that it is stored in.
+
+    None for a weight without values: on `meta`, or stored in no tensor.
 
     It takes microseconds, whatever the weight's size. Any training step changes nearly every value of a weight, so
     two different checkpoints of one architecture are told apart.
     """
-    if weight.is_meta:
+    if not parts or any(part.is_meta for part in parts):
         return None
-    flat = whole(weight.detach()).reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-    sample = flat[places.to(flat.device)].cpu().contiguous()
-    content = bytes(sample.view(torch.uint8).tolist())
-    return hashlib.sha256(content).hexdigest()[:32]
+    digest = hashlib.sha256()
+    for part in parts:
+        flat = whole(part.detach()).reshape(-1)
+        count = _SAMPLES * (4 if flat.element_size() == 1 else 1)  # a byte of a quantized weight says less
+        places = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).long()
+        sample = flat[places.to(flat.device)].cpu().contiguous()
+        digest.update(bytes(sample.view(torch.uint8).tolist()))
+    return digest.hexdigest()[:32]

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
-from lorakit.layers import Mode, base_weight
+from lorakit.layers import Mode, outline, stored_dtype, stored_tensors
 from lorakit.state import Site
 from lorakit.storage import parse_json_object
 from lorakit.variants import VARIANTS, Variant
@@ -38,11 +38,11 @@ class WeightEntry:
     @classmethod
     def of(cls, site: Site, name: str, variant: Mapping[str, Any] | None) -> "WeightEntry":
         """The entry for a live weight."""
-        weight = base_weight(site.layer, site.parameter)
         update = site.adapted[name]
-        dtype = str(weight.dtype).removeprefix("torch.")
-        sample, slices = fingerprint(weight), update.kind.slices
-        return cls(site.path, site.parameter, update.mode, tuple(weight.shape), dtype, sample, variant, slices)
+        sample = fingerprint(*stored_tensors(site.layer, site.parameter))
+        shape = tuple(outline(site.layer, update.kind).shape)
+        dtype, slices = stored_dtype(site.layer, update.kind), update.kind.slices
+        return cls(site.path, site.parameter, update.mode, shape, dtype, sample, variant, slices)
 
     @property
     def name(self) -> str:

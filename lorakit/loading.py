@@ -11,7 +11,7 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry, file_key
 from lorakit.index import Index
-from lorakit.layers import CalledKind, Update, accumulation_dtype
+from lorakit.layers import CalledKind, Update, accumulation_dtype, check_read, stored_dtype, stored_tensors
 from lorakit.plan import Plan, plan_of
 from lorakit.targets import Place, place_of
 from lorakit.variants import Full, LowRank, Variant
@@ -43,13 +43,14 @@ def build_additions(
             problems.append(str(error))
             _forget(left, header, entry)
     if found:
-        shapes = [place.kind.matrix_shape(place.weight) for _, place in found]
+        shapes = [place.kind.matrix_shape(place.outline) for _, place in found]
         header = replace(header, variant=header.variant.fit(shapes))
     for entry, place in found:
         try:
             problems += _base_problems(place, entry, check_values)
-            sketch = torch.empty_like(place.weight, device="meta")
+            sketch = torch.empty_like(place.outline, device="meta")
             variant = _variant_at(place, header.variant_of(entry))
+            check_read(place.layer, place.kind, variant.reads_weight)
             update = variant.build(place.kind, sketch, place.mode)
         except LorakitError as error:
             problems.append(str(error))
@@ -111,7 +112,7 @@ def _fill(update: Update, mine: Found, place: Place, header: Header, entry: Weig
         elif value is not None:
             # Copied out of the file's memory, whose alignment could change how a product rounds.
             dtype = value.dtype if header.ours else accumulation_dtype(value.dtype)
-            tensors[tensor] = value.to(place.weight.device, dtype, copy=True)
+            tensors[tensor] = value.to(place.outline.device, dtype, copy=True)
     if not problems:
         update.restore(tensors)
     dtypes = sorted({str(value.dtype) for _, value in mine.values() if value is not None})
@@ -140,19 +141,19 @@ def _tensor_problem(key: str, value: Tensor | None, wanted: Tensor) -> str | Non
 
 def _base_problems(place: Place, entry: WeightEntry, check_values: bool) -> list[str]:
     """How the base differs from the one in the file's header, if it says."""
-    weight = place.weight
+    weight = place.outline
     if entry.shape is None:
         return []
     if tuple(weight.shape) != entry.shape:
         return [f"{entry.name!r} is {tuple(weight.shape)} here and was {entry.shape} when saved"]
     if not check_values or entry.sample is None or weight.is_meta:
         return []
-    dtype = str(weight.dtype).removeprefix("torch.")
+    dtype = stored_dtype(place.layer, place.kind)
     if dtype != entry.dtype:
         return [
             f"{entry.name!r} is {dtype} here and was {entry.dtype} when saved; if this is the same base in another "
             "dtype, use verify='off'"
         ]
-    if fingerprint(weight) != entry.sample:
+    if fingerprint(*stored_tensors(place.layer, place.kind.parameter)) != entry.sample:
         return [f"{entry.name!r} has other values than the base this adapter was trained on"]
     return []

@@ -4,13 +4,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.change import bare, drop_all
 from lorakit.errors import LorakitError
-from lorakit.layers import accumulation_dtype, base_weight
+from lorakit.layers import (
+    Foreign,
+    Requantized,
+    accumulation_dtype,
+    dense_weight,
+    plain_linear,
+    replace_layer,
+    requantized,
+)
 from lorakit.state import Site, State, check_complete, check_together, layers_of, require, sites
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import table
@@ -44,15 +53,19 @@ class MergeReport:
         return table(["weight", "change", "lost"], rows, right=("change", "lost"))
 
 
-def merge(model: nn.Module, choice: Choice | None = None) -> MergeReport:
+def merge(model: nn.Module, choice: Choice | None = None, *, dequantize: bool | torch.dtype = False) -> MergeReport:
     """W ← W + ΔW for good. No adapter is left, and no overhead; the model is trainable where it once was.
 
     Sums are formed in at least 32 bits and rounded once. A weight that is tied to another is untied: only the adapted
-    layer gets the update.
+    layer gets the update. A weight that is quantized by bitsandbytes is dequantized, changed and quantized again, which
+    costs much of a small update; others that are quantized are refused, unless they may become plain.
 
     Args:
         model: the model that was given to `attach`.
         choice: as for `activate`; by default what is active now.
+        dequantize: put a plain `nn.Linear` of floats in the place of each quantized layer that an adapter is merged
+            into, with nothing lost but the memory that was saved. A dtype says which floats; True takes those that the
+            weight dequantizes to.
 
     Returns:
         For each weight how large the update was, and what rounding to the weight's dtype lost.
@@ -65,19 +78,24 @@ def merge(model: nn.Module, choice: Choice | None = None) -> MergeReport:
         LorakitError: nothing to merge, or the result is not finite; the model is as it was.
     """
     root, state, strengths = _chosen(model, choice)
-    merged = _merge(root, strengths)
+    merged = _merge(root, strengths, dequantize)
     dropped = tuple(name for name in state.variants if name not in strengths)
     owners = _owners(root)
-    untied = tuple(site.name for site, _, _ in merged if owners[id(site.layer._parameters[site.parameter])] > 1)
+    untied = tuple(site.name for site, _, _ in merged if owners.get(id(_parameter(site)), 1) > 1)
     drop_all(root, state)
-    for site, weight, _ in merged:
-        parameter = site.layer._parameters[site.parameter]
-        assert parameter is not None
-        if site.name in untied:
-            setattr(site.layer, site.parameter, nn.Parameter(weight, requires_grad=parameter.requires_grad))
+    for site, result, _ in merged:
+        parameter = _parameter(site)
+        if isinstance(result, nn.Linear):
+            replace_layer(root, site.layer, result)
+        elif isinstance(result, Requantized):
+            _set(site.layer, result.attributes)
+        elif site.name in untied:
+            assert parameter is not None
+            setattr(site.layer, site.parameter, nn.Parameter(result, requires_grad=parameter.requires_grad))
         else:
+            assert parameter is not None
             with torch.no_grad():
-                parameter.copy_(weight)
+                parameter.copy_(result)
     report = MergeReport(tuple(row for _, _, row in merged), dropped, untied)
     _warn(report)
     return report
@@ -96,14 +114,36 @@ def merged(model: nn.Module, choice: Choice | None = None) -> Iterator[None]:
     root, _, strengths = _chosen(model, choice)
     merged = _merge(root, strengths)
     with bare(root):
-        aside = [(site, site.layer._parameters[site.parameter]) for site, _, _ in merged]
+        inside = [(site.layer, _attributes(site, result)) for site, result, _ in merged]
+        aside = [(layer, {name: getattr(layer, name) for name in attributes}) for layer, attributes in inside]
         try:
-            for site, weight, _ in merged:
-                setattr(site.layer, site.parameter, nn.Parameter(weight, requires_grad=False))
+            for layer, attributes in inside:
+                _set(layer, attributes)
             yield
         finally:
-            for site, parameter in aside:
-                setattr(site.layer, site.parameter, parameter)
+            for layer, attributes in aside:
+                _set(layer, attributes)
+
+
+Result = Tensor | Requantized | nn.Linear
+"""What a merged weight becomes: other floats, quantized anew, or a plain layer in the place of its own."""
+
+
+def _attributes(site: Site, result: Result) -> dict[str, Any]:
+    """What `merged` sets on the layer."""
+    if isinstance(result, Requantized):
+        return result.attributes
+    assert isinstance(result, Tensor)
+    return {site.parameter: nn.Parameter(result, requires_grad=False)}
+
+
+def _set(layer: nn.Module, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+
+
+def _parameter(site: Site) -> nn.Parameter | None:
+    return site.layer._parameters.get(site.parameter)
 
 
 def _chosen(model: nn.Module, choice: Choice | None) -> tuple[nn.Module, State, dict[str, float]]:
@@ -118,28 +158,55 @@ def _chosen(model: nn.Module, choice: Choice | None) -> tuple[nn.Module, State, 
 
 
 @torch.no_grad()
-def _merge(root: nn.Module, strengths: dict[str, float]) -> list[tuple[Site, Tensor, MergedWeight]]:
+def _merge(
+    root: nn.Module, strengths: dict[str, float], dequantize: bool | torch.dtype = False
+) -> list[tuple[Site, Result, MergedWeight]]:
     """Every merged weight, checked; nothing is changed yet."""
     merged, bad = [], []
     for site in sites(root):
         names = [name for name in strengths if name in site.adapted]
         if not names:
             continue
-        if site.layer._parameters.get(site.parameter) is None:
+        if _parameter(site) is None and not isinstance(site.adapted[names[0]].kind, Foreign):
             raise LorakitError(f"cannot merge into {site.name!r}: it is computed from other parameters")
-        weight = base_weight(site.layer, site.parameter)
-        wide = weight.to(accumulation_dtype(weight.dtype))
-        total = wide
-        with torch.autocast(weight.device.type, enabled=False):
-            for name in names:
-                total = site.adapted[name].add_to(total, weight, strengths[name])
-        result = total.to(weight.dtype)
-        if not result.isfinite().all():
+        try:
+            wide, total, result = _result(root, site, names, strengths, dequantize)
+        except LorakitError as error:
+            raise LorakitError(f"cannot merge into {site.name!r}: {error}") from None
+        dense = _dense(result)
+        if not (total.isfinite().all() and dense.isfinite().all()):
             bad.append(site.name)
-        merged.append((site, result, _row(site.name, wide, total, result)))
+        merged.append((site, result, _row(site.name, wide, total, dense)))
     if bad:
         raise LorakitError(f"merging {', '.join(map(repr, strengths))} gives NaN or infinity in {', '.join(bad)}")
     return merged
+
+
+def _result(
+    root: nn.Module, site: Site, names: list[str], strengths: dict[str, float], dequantize: bool | torch.dtype
+) -> tuple[Tensor, Tensor, Result]:
+    """W and W + ΔW in at least 32 bits, and what becomes of the weight."""
+    kind = site.adapted[names[0]].kind
+    weight = dense_weight(site.layer, kind)
+    total = wide = weight.to(accumulation_dtype(weight.dtype))
+    with torch.autocast(weight.device.type, enabled=False):
+        for name in names:
+            total = site.adapted[name].add_to(total, weight, strengths[name])
+    if not isinstance(kind, Foreign) or not total.isfinite().all():
+        return wide, total, total.to(weight.dtype)
+    if dequantize is False:
+        return wide, total, requantized(site.layer, kind, total)
+    if site.layer is root:
+        raise LorakitError("the model itself is this layer, and nothing can take its place; wrap it in nn.Sequential")
+    plain = plain_linear(site.layer, kind, total, weight.dtype if dequantize is True else dequantize)
+    return wide, total, plain
+
+
+def _dense(result: Result) -> Tensor:
+    """The values that the layer will have."""
+    if isinstance(result, Tensor):
+        return result
+    return result.dense if isinstance(result, Requantized) else result.weight
 
 
 def _row(name: str, wide: Tensor, total: Tensor, result: Tensor) -> MergedWeight:
@@ -165,7 +232,7 @@ def _warn(report: MergeReport) -> None:
         warnings.warn(
             f"rounding lost more than half of the update in {len(faint)} of {len(report.weights)} weights "
             f"(worst: {worst.name!r}, {worst.lost:.0%}): the update is too small for the weights' dtype; keep it "
-            "unmerged, or merge into float32",
+            "unmerged, merge into float32, or merge with dequantize=True if they are quantized",
             stacklevel=3,
         )
     if report.untied:

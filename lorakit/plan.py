@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Adapters, CalledKind
+from lorakit.layers import CalledKind, Foreign, as_foreign, check_read, outline
 from lorakit.patterns import Targets
-from lorakit.state import check_addition, root_of
+from lorakit.state import check_addition, layers_of, root_of
 from lorakit.tables import shape, size, table
 from lorakit.targets import Place, RequestedMode, resolve, selected, wholes
 from lorakit.variants import Full, Rows, Variant
@@ -66,7 +66,7 @@ class Plan:
     @property
     def percent(self) -> float:
         """The adapter's numbers in percent of the base's."""
-        return 100 * self.parameters / self.base_parameters
+        return 100 * self.parameters / self.base_parameters if self.base_parameters else math.inf
 
     def __str__(self) -> str:
         tensors = list(dict.fromkeys(name for row in self.rows for name in row.tensors))
@@ -129,7 +129,7 @@ def draw_up(
         place for place in resolve(root, targets, exclude, mode) if (id(place.layer), place.kind.parameter) not in taken
     ]
     if places:
-        variant = variant.fit([place.kind.matrix_shape(place.weight) for place in places])
+        variant = variant.fit([place.kind.matrix_shape(place.outline) for place in places])
     variants = [variant] * len(places)
     for field, patterns in (("rank", ranks), ("alpha", alphas)):
         variants = _varied(root, variants, places, field, {} if patterns is None else patterns)
@@ -178,20 +178,23 @@ def _varied(
 
 def plan_of(root: nn.Module, variant: Variant, chosen: Sequence[tuple[Place, Variant]], name: str) -> Plan:
     """The plan for adapting these places, each with its variant."""
-    base = {id(p): p.numel() * p.element_size() for p in _base_parameters(root)}
-    return Plan(name, variant, tuple(_row(place, mine) for place, mine in chosen), _count(root), sum(base.values()))
+    rows = tuple(_row(place, mine) for place, mine in chosen)
+    return Plan(name, variant, rows, _count(root), sum(count * size for count, size in _numbers(root)))
 
 
 def _row(place: Place, variant: Variant) -> Row:
-    weight = place.weight
+    weight = place.outline
     sketch = torch.empty_like(weight, device="meta")
     try:
+        check_read(place.layer, place.kind, variant.reads_weight)
         update = variant.build(place.kind, sketch, place.mode)
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None
     notes = [f"also {name}" for name in place.names[1:]] + [f"tied to {name}" for name in place.tied]
     if place.kind.slices:
         notes.append(f"slices {', '.join(place.kind.slices)}")
+    if isinstance(place.kind, Foreign):
+        notes.append(place.kind.note)
     caution = variant.caution(place.kind, sketch)
     return Row(
         layer=place.label,
@@ -205,10 +208,21 @@ def _row(place: Place, variant: Variant) -> Row:
 
 
 def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in _base_parameters(model))
+    return sum(count for count, _ in _numbers(model))
 
 
-def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The base's parameters, each once, without those of adapters."""
-    added = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
-    return [p for p in model.parameters() if id(p) not in added and not is_lazy(p)]
+def _numbers(model: nn.Module) -> list[tuple[int, int]]:
+    """The base's parameters without those of adapters: how many numbers, and the bytes of each.
+
+    Of a foreign layer it is the matrix that it says it is: a packed weight has fewer numbers than that, or none.
+    """
+    owned: dict[int, tuple[int, int]] = {}
+    for module in {id(module): module for _, module in layers_of(model)}.values():
+        kind = as_foreign(module)
+        if kind is not None:
+            owned[id(module)] = kind.inputs * kind.outputs, outline(module, kind).element_size()
+            owned |= {id(p): (0, 0) for name, p in module._parameters.items() if p is not None and name != "bias"}
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_lazy(parameter):
+                owned.setdefault(id(parameter), (parameter.numel(), parameter.element_size()))
+    return list(owned.values())

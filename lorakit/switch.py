@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorakit.errors import LorakitError
-from lorakit.state import State, check_together, require
+from lorakit.state import State, check_together, require, sites
 from lorakit.variants.checks import is_finite_number
 
 Choice = str | Sequence[str] | Mapping[str, float]
@@ -30,7 +30,7 @@ def activate(model: nn.Module, choice: Choice) -> None:
     strengths = strengths_of(choice)
     _, state = require(model, list(strengths))
     check_together(state, strengths)
-    state.selection.active = tuple(strengths.items())
+    state.selection.choose(strengths.items())
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def active(model: nn.Module, choice: Choice) -> Iterator[None]:
     _, state = require(model, list(strengths))
     check_together(state, strengths)
     with _restored(state):
-        state.selection.active = tuple(strengths.items())
+        state.selection.choose(strengths.items())
         yield
 
 
@@ -53,18 +53,53 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Exactly the base inside a `with` block."""
     _, state = require(model)
     with _restored(state):
-        state.selection.active = ()
+        state.selection.choose(())
+        yield
+
+
+@contextmanager
+def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside a `with` block, an adapter for each row of the batch: a name, or None for the base alone.
+
+    Row i of the first axis is computed with the adapter of that name, or with the base alone; in training the gradient
+    of each row reaches its own adapter (those that `set_trainable` lets train). Rows are told by the first axis of what
+    each adapted layer returns, so the model must keep the batch there: a layer that sees another size is an error.
+
+    Example:
+        >>> with per_row(model, ["sql", None, "js"]):
+        ...     y = model(x)  # three rows
+
+    Raises:
+        LorakitError: no rows, an unknown name, or an adapter that acts in a weight, which all rows share.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise LorakitError(f"{names!r} is no choice for the rows of a batch: give a list with a name or None for each")
+    bad = [name for name in names if not (name is None or isinstance(name, str))]
+    if bad:
+        raise LorakitError(f"{bad[0]!r} is no name of an adapter, nor None for the base")
+    used = list(dict.fromkeys(name for name in names if name is not None))
+    root, state = require(model, used)
+    for name in used:
+        read = [site.name for site in sites(root, name) if site.adapted[name].mode == "weight"]
+        if read:
+            raise LorakitError(
+                f"adapter {name!r} cannot be chosen by row: it acts in {', '.join(map(repr, read))}, a weight that all "
+                "rows share; adapt the layer beside its call, or run the rows apart"
+            )
+    with _restored(state):
+        state.selection.choose((), names)
         yield
 
 
 @contextmanager
 def _restored(state: State) -> Iterator[None]:
-    before = state.selection.active
+    active, rows = state.selection.active, state.selection.rows
     try:
         yield
     finally:
         # An adapter that was removed inside the block does not come back.
-        state.selection.active = tuple(chosen for chosen in before if chosen[0] in state.variants)
+        gone = {name for name in rows or () if name is not None} - set(state.variants)
+        state.selection.choose([chosen for chosen in active if chosen[0] in state.variants], None if gone else rows)
 
 
 def strengths_of(choice: Choice) -> dict[str, float]:

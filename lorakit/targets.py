@@ -7,27 +7,30 @@ pattern must match something, or it is an error that names the nearest real name
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
 from lorakit.index import Index
 from lorakit.layers import (
-    Adapters,
     CalledKind,
+    Foreign,
     Kind,
     Mode,
     Parameter,
     Slices,
+    as_foreign,
     base_weight,
+    dense_weight,
     kinds_of,
+    outline,
     parameter_names,
     parts_of,
 )
 from lorakit.patterns import Pattern, Targets, has_parameters, is_glob, matches, patterns_of, some
 from lorakit.state import join, layers_of
+from lorakit.suitable import check_weight, only_called, only_read
 
 RequestedMode = Literal["auto", "beside", "weight"]
 
@@ -61,8 +64,13 @@ class Place:
 
     @property
     def weight(self) -> Tensor:
-        """The weight itself."""
-        return base_weight(self.layer, self.kind.parameter)
+        """The values of the weight, dequantized if it is quantized."""
+        return dense_weight(self.layer, self.kind)
+
+    @property
+    def outline(self) -> Tensor:
+        """The weight's shape, dtype and device; its values only where they can be had for nothing."""
+        return outline(self.layer, self.kind)
 
 
 def resolve(model: nn.Module, targets: Targets, exclude: Targets | None, mode: RequestedMode) -> list[Place]:
@@ -136,9 +144,12 @@ def place_of(
     if key in index.scripted:
         raise _scripted(index, key)
     layer = index.modules[key]
-    if parameter not in parameter_names(layer):
+    foreign = as_foreign(layer)
+    if foreign is not None and (foreign.parameter != parameter or mode == "weight"):
+        foreign = None
+    if foreign is None and parameter not in parameter_names(layer):  # what is foreign need not be a parameter
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
-    kind = _kind_named(layer, parameter, whole)
+    kind = foreign or _kind_named(layer, parameter, whole)
     if slices:
         sliced = next((k for k in kinds_of(layer) if isinstance(k, Slices) and k.parameter == parameter), None)
         if sliced is None or sliced.only(set(slices)).slices != slices:
@@ -148,12 +159,12 @@ def place_of(
 
 
 def _kind_named(layer: nn.Module, name: str, whole: bool = False) -> Kind:
-    """The layer's own kind for its own weight or for a slice; for any other parameter the general one."""
+    """The layer's own kind for its own weight, if it can be read, or for a slice; for any other the general one."""
     for kind in kinds_of(layer):
         if isinstance(kind, Slices):
             if name in kind.names:
                 return kind.only({name})
-        elif kind.parameter == name:
+        elif kind.parameter == name and not isinstance(kind, Foreign):
             return kind
     return Parameter(name, flat=whole)
 
@@ -200,7 +211,7 @@ def _places(
         raise _scripted(index, key)
     if name is not None:
         if mode == "beside":
-            raise _only_read(join(path, name))
+            raise only_read(join(path, name))
         yield _placed(index, key, _kind_named(module, name), "weight")
         return
     linear_only = pattern == "all-linear"
@@ -220,9 +231,11 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool
     """The weight of a known kind, checked to be one that can be adapted in this mode."""
     module, names = index.modules[key], tuple(index.names[key])
     if mode == "beside" and not isinstance(kind, CalledKind):
-        raise _only_read(join(names[0], kind.parameter))
+        raise only_read(join(names[0], kind.parameter))
+    if mode == "weight" and isinstance(kind, Foreign):
+        raise only_called(module, kind, join(names[0], kind.parameter))
     called = isinstance(kind, CalledKind) and mode != "weight" and not (mode == "auto" and key in index.read)
-    _check_weight(module, kind, names[0], whole)
+    check_weight(module, kind, names[0], whole)
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
     if not called and not settled:
         raise LorakitError(
@@ -230,10 +243,6 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool
             "before each call (an old weight_norm, say); use torch.nn.utils.parametrizations instead"
         )
     return Place(names, module, kind, "beside" if called else "weight", index.tied(module, kind.parameter))
-
-
-def _only_read(name: str) -> LorakitError:
-    return LorakitError(f"{name!r} is read, not called, so nothing can sit beside it; use mode='auto' or 'weight'")
 
 
 def _scripted(index: Index, key: int) -> LorakitError:
@@ -262,18 +271,3 @@ def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
     if below:
         return LorakitError(f"{what}: it only holds other layers; name those, such as {some(below)}")
     return LorakitError(f"{what}: it has no weight; name a layer that has one, or a parameter")
-
-
-def _check_weight(module: nn.Module, kind: Kind, path: str, whole: bool) -> None:
-    name = join(path, kind.parameter)
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
-    if hasattr(module, "lora") and not isinstance(module.lora, Adapters):
-        raise LorakitError(f"cannot adapt {name!r}: {type(module).__name__} has a 'lora' of its own, our place")
-    weight: Any = base_weight(module, kind.parameter)
-    if is_lazy(weight):
-        raise LorakitError(f"cannot adapt {name!r}: its shape is not known yet; run the model once first")
-    if not weight.dtype.is_floating_point:
-        raise LorakitError(f"cannot adapt {name!r}: its dtype is {weight.dtype}; LoRA needs a floating-point weight")
-    if (weight.dim() < 2 and not whole) or 0 in weight.shape:
-        raise LorakitError(f"cannot adapt {name!r}: its shape {tuple(weight.shape)} is no matrix")

@@ -182,11 +182,15 @@ def picture(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
 
     Two pictures are compared with `assert_same`.
     """
-    anatomy = {
+    return anatomy(model), clones(model.state_dict())
+
+
+def anatomy(model: nn.Module) -> Any:
+    """Classes, and every attribute of every module."""
+    return {
         path: (type(module), {key: _still(value) for key, value in vars(module).items()})
         for path, module in model.named_modules(remove_duplicate=False)
     }
-    return anatomy, clones(model.state_dict())
 
 
 def _still(value: Any) -> Any:

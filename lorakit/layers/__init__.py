@@ -5,6 +5,7 @@ from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Up
 from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
+from lorakit.layers.foreign import Foreign, as_foreign, check_read, dense_weight, outline, stored_dtype
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
 from lorakit.layers.kind import (
     CalledKind,
@@ -23,12 +24,15 @@ from lorakit.layers.kind import (
 )
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.requantize import Requantized, plain_linear, replace_layer, requantized
 from lorakit.layers.slices import Slices
+from lorakit.layers.stored import scheme_of, stored_tensors
 from lorakit.layers.transposed import TransposedLinear
 
 KINDS: tuple[type[Kind], ...] = (
     Linear,
     TransposedLinear,
+    Foreign,
     Convolution,
     TransposedConvolution,
     Embedding,
@@ -49,6 +53,7 @@ __all__ = [
     "Convolution",
     "Embedding",
     "EmbeddingBag",
+    "Foreign",
     "Inputs",
     "Kind",
     "LastAxisKind",
@@ -57,6 +62,7 @@ __all__ = [
     "Parameter",
     "Parts",
     "ReadEmbedding",
+    "Requantized",
     "Selection",
     "Slices",
     "TransposedConvolution",
@@ -64,15 +70,25 @@ __all__ = [
     "Update",
     "accumulation_dtype",
     "adapters_of",
+    "as_foreign",
     "base_weight",
     "check_changeable",
+    "check_read",
+    "dense_weight",
     "in_dtype",
     "install",
     "kinds_of",
+    "outline",
     "parameter_names",
     "parts_of",
+    "plain_linear",
     "register_kind",
     "register_late",
     "register_parts",
+    "replace_layer",
+    "requantized",
+    "scheme_of",
+    "stored_dtype",
+    "stored_tensors",
     "uninstall",
 ]

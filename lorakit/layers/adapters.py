@@ -7,7 +7,7 @@ whatever the number of layers and of resident adapters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, final
 
@@ -22,9 +22,16 @@ Mode = Literal["beside", "weight"]
 @final
 @dataclass
 class Selection:
-    """The adapters that act now, each with its strength. One object per model, shared by all its layers."""
+    """The adapters that act now. One object per model, shared by all its layers."""
 
     active: tuple[tuple[str, float], ...] = ()
+    """Each with its strength."""
+    rows: tuple[str | None, ...] | None = None
+    """If there is a choice for each row of the batch: the adapter of each row, None for the base."""
+
+    def choose(self, active: Iterable[tuple[str, float]], rows: Iterable[str | None] | None = None) -> None:
+        """Change the choice."""
+        self.active, self.rows = tuple(active), None if rows is None else tuple(rows)
 
 
 class Update(nn.Module, ABC):

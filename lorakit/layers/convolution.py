@@ -37,6 +37,11 @@ class _ChannelsKind(CalledKind, ABC):
     """A layer whose outputs are the channels: (N, out, *size) or (out, *size)."""
 
     @final
+    def has_rows(self, layer: nn.Module, y: Tensor) -> bool:
+        """Whether there is an N."""
+        return y.dim() == len(cast(nn.Conv2d, layer).kernel_size) + 2
+
+    @final
     def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
         """Y − bias."""
         bias = cast(nn.Conv2d, layer).bias

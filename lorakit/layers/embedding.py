@@ -71,6 +71,10 @@ class Embedding(_Table, CalledKind):
         """The rows of this weight; x: (...) of indices."""
         return F.embedding(inputs[0], weight)
 
+    def has_rows(self, layer: nn.Module, y: Tensor) -> bool:
+        """Unless y is a single row."""
+        return y.dim() > 1
+
     def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
         """The output itself: there is no bias."""
         return y

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Adapters
 from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype
+from lorakit.layers.rows import by_row
+from lorakit.layers.severed import guarded
 
 
 class _Hooked(dict[str, Any]):
@@ -98,8 +100,18 @@ def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     y = output
     for parameter in adapters:
         adapted = adapters[parameter]
-        for update, strength in adapted.acting("beside"):
-            y = update.beside(layer, _inputs(cast(CalledKind, update.kind), args, kwargs), output, y, strength)
+        by_rows = adapted.selection.rows is not None and adapted.holds("beside")
+        acting = tuple(adapted.acting("beside"))
+        if not acting and not by_rows:
+            continue
+        kind = next(cast(CalledKind, adapted[name].kind) for name in adapted if adapted[name].mode == "beside")
+        inputs = _inputs(kind, args, kwargs)
+        if kind.may_sever and y is output:
+            y = output = guarded(layer, inputs, output)
+        if by_rows:
+            y = by_row(layer, kind, adapted, inputs, output, y)
+        for update, strength in acting:
+            y = update.beside(layer, inputs, output, y, strength)
     return y
 
 

@@ -72,6 +72,8 @@ class CalledKind(Kind):
     takes: ClassVar[Literal["vectors", "indices", "other"]] = "other"
     """What the first input is, if nothing else is done with it: vectors (..., k) that the matrix is applied to, or
     indices (...) of its columns, of which each is returned."""
+    may_sever: ClassVar[bool] = False
+    """Whether such a layer may give no gradient to its input; then it is watched for that."""
 
     @abstractmethod
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -83,6 +85,10 @@ class CalledKind(Kind):
     @abstractmethod
     def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
         """What the layer would return with this weight and no bias; inputs as for `beside`, y gives the size."""
+
+    @abstractmethod
+    def has_rows(self, layer: nn.Module, y: Tensor) -> bool:
+        """Whether the first axis of the output y is the batch's, and so that of the inputs."""
 
     @abstractmethod
     def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
@@ -97,9 +103,15 @@ class LastAxisKind(CalledKind):
     """A called layer whose outputs are the last axis of what it returns."""
 
     @final
+    def has_rows(self, layer: nn.Module, y: Tensor) -> bool:
+        """Unless y is a single vector."""
+        return y.dim() > 1
+
+    @final
     def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
         """Y − bias; y: (..., d)."""
-        bias = getattr(layer, "bias", None)
+        bias: Any = getattr(layer, "bias", None)
+        bias = bias() if callable(bias) else bias  # a method of some quantized layers
         return y if bias is None else y - bias.to(y.dtype)
 
     @final
@@ -147,6 +159,8 @@ def kinds_of(layer: nn.Module) -> tuple[Kind, ...]:
         cls = getattr(sys.modules[module], name, None)
         if cls is not None:  # it is None while that module is still being imported
             _kinds.register(cls, _late.pop((module, name)))
+    if isinstance(layer, torch.jit.ScriptModule):
+        return ()  # its type is lost, and its compiled code sees no hook and no computed weight
     found = _kinds(layer)
     return () if found is None else found if isinstance(found, tuple) else (found,)
 

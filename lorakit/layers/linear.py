@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lorakit.layers.foreign import foreign_kind
 from lorakit.layers.kind import (
     Inputs,
     Kind,
@@ -18,6 +18,8 @@ from lorakit.layers.kind import (
     runs_its_own_forward,
 )
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.stored import scheme_of
+from lorakit.layers.thin import add_thin_product
 
 
 @final
@@ -55,20 +57,17 @@ class Linear(LastAxisKind):
         return add_thin_product(y, inputs[0], A, B, scale)
 
 
-def add_thin_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Y + scale·(x·Aᵀ)·Bᵀ for x: (..., k) and y: (..., d)."""
-    if A.device != y.device:  # the kernels take factors on `meta` and return what lay in memory
-        raise RuntimeError(f"the adapter is on {A.device} and the layer's output on {y.device}: move the model")
-    h = F.linear(x, A)  # (..., r)
-    if h.dtype != y.dtype or y.is_nested:
-        return y + (F.linear(h, B) * scale).to(y.dtype)
-    # One pass over y: the product, the scale and the sum in a single kernel.
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale).view(y.shape)
-
-
 @register_kind
-def _(layer: nn.Linear) -> Kind:
+def _(layer: nn.Linear) -> Kind | None:
+    if not _has_weight(layer) or scheme_of(layer._parameters.get("weight")) is not None:
+        return foreign_kind(layer)
     return Parameter("weight", is_linear=True) if runs_its_own_forward(layer, nn.Linear) else Linear()
+
+
+def _has_weight(layer: nn.Linear) -> bool:
+    """Whether its weight is an attribute, set or computed, as torch's is: nothing is computed here."""
+    computed = getattr(type(layer), "weight", None)
+    return "weight" in layer._parameters or "weight" in vars(layer) or (computed is not None and not callable(computed))
 
 
 @register_kind

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor, nn
 
 from lorakit.layers.kind import Inputs, Kind, LastAxisKind, register_late
-from lorakit.layers.linear import add_thin_product
+from lorakit.layers.thin import add_thin_product
 
 
 @final

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, base_weight, in_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, dense_weight, in_dtype
 from lorakit.variants.low_rank import LowRank, low_rank_arguments
 from lorakit.variants.starts import start
 from lorakit.variants.updates import check_dropout, dropped
@@ -23,6 +23,11 @@ class DoRA(LowRank):
 
     file_names: ClassVar[Mapping[str, str]] = {**LowRank.file_names, "magnitude": "lora_magnitude_vector"}
     exclusive: ClassVar[bool] = True
+
+    @property
+    def reads_weight(self) -> bool:
+        """The magnitudes begin as the weight's norms."""
+        return True
 
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "MagnitudeUpdate":
         """A, B and the magnitudes for one weight."""
@@ -78,7 +83,7 @@ class MagnitudeUpdate(Update):
         inputs = dropped(kind, in_dtype(kind, inputs, self.A.dtype), self.dropout, self.training)
         plain = kind.without_bias(layer, base.to(self.A.dtype))
         both = kind.beside(layer, inputs, plain, self.A, self.B, self.scale)
-        scaled = kind.scale_rows(layer, inputs, both, self._factor(base_weight(layer, kind.parameter)))
+        scaled = kind.scale_rows(layer, inputs, both, self._factor(dense_weight(layer, kind)))
         return y + ((scaled - plain) * strength).to(y.dtype)
 
     def _factor(self, weight: Tensor) -> Tensor:

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, accumulation_dtype, base_weight, in_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, accumulation_dtype, dense_weight, in_dtype
 from lorakit.variants.checks import checked_integer
 from lorakit.variants.variant import Variant
-
-
-def _check_float(weight: Tensor) -> None:
-    if not weight.dtype.is_floating_point:
-        raise LorakitError(f"a weight of {weight.dtype} cannot be trained itself; use LoRA, beside its call")
 
 
 @final
@@ -25,9 +20,13 @@ class Full(Variant):
 
     file_names: ClassVar[Mapping[str, str]] = {"value": ""}
 
+    @property
+    def reads_weight(self) -> bool:
+        """It begins as W."""
+        return True
+
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "FullUpdate":
         """A copy of the weight."""
-        _check_float(weight)
         return FullUpdate(weight, kind, mode)
 
     def peft_fields(self) -> dict[str, Any]:
@@ -59,7 +58,7 @@ class FullUpdate(Update):
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
         """Y + strength·(the layer with V − W for its weight)."""
         kind = cast(CalledKind, self.kind)
-        delta = self.delta_weight(base_weight(layer, kind.parameter))
+        delta = self.delta_weight(dense_weight(layer, kind))
         update = kind.call(layer, in_dtype(kind, inputs, delta.dtype), y, delta)
         return y + (update * strength).to(y.dtype)
 
@@ -86,9 +85,13 @@ class Rows(Variant):
             raise LorakitError(f"rows={self.rows!r} must be indices, at least one and each once")
         object.__setattr__(self, "rows", rows)
 
+    @property
+    def reads_weight(self) -> bool:
+        """They begin as W's."""
+        return True
+
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "RowsUpdate":
         """Copies of the rows."""
-        _check_float(weight)
         if max(self.rows) >= weight.shape[0]:
             raise LorakitError(f"row {max(self.rows)} is none of its {weight.shape[0]} rows; enlarge the weight first")
         if kind.padding_idx in self.rows and kind.padding_idx is not None:
@@ -128,7 +131,7 @@ class RowsUpdate(Update):
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
         """Y + strength·(the layer with ΔW for its weight); of a plain look-up, without forming that."""
         kind = cast(CalledKind, self.kind)
-        weight = base_weight(layer, kind.parameter)
+        weight = dense_weight(layer, kind)
         if kind.takes == "indices":
             found = inputs[0].unsqueeze(-1) == self.rows  # (..., n)
             update = found.to(self.value.dtype) @ (self.value - weight[self.rows])

@@ -91,6 +91,11 @@ class LowRank(Variant, ABC):
         wanted: dict[str, Evidence] = {"eva": "inputs", "lora-ga": "gradients", "loftq": "original"}
         return wanted.get(self.init)
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the factors begin as something computed from the weight."""
+        return self.init in ("pissa", "olora", "lora-ga", "loftq")
+
     def peft_fields(self) -> dict[str, Any]:
         """The fields of PEFT's LoraConfig."""
         return {

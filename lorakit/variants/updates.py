@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, base_weight, in_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, in_dtype, outline
 
 
 def check_dropout(dropout: float, kind: Kind, mode: Mode) -> None:
@@ -76,6 +76,6 @@ class DenseUpdate(Update):
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
         """Y + strength·(the layer with ΔW for its weight)."""
         kind = cast(CalledKind, self.kind)
-        delta = kind.weight_of(self.matrix(), base_weight(layer, kind.parameter))
+        delta = kind.weight_of(self.matrix(), outline(layer, kind))
         update = kind.call(layer, in_dtype(kind, inputs, delta.dtype), y, delta)
         return y + (update * strength).to(y.dtype)

@@ -52,6 +52,11 @@ class Variant(ABC):
         """What its start is computed from, beside the weight."""
         return None
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether `build` looks at the weight's values; if not, a quantized one may be given as a shape full of NaN."""
+        return False
+
     def fit(self, shapes: Sequence[tuple[int, ...]]) -> "Variant":
         """The variant for weights of these matrix shapes, if that depends on all of them at once."""
         return self
