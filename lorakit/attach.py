@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lorakit.change import Addition, add, drop, drop_all
 from lorakit.errors import LorakitError
 from lorakit.evidence import Loss, Sources, gather
+from lorakit.patterns import Targets
 from lorakit.plan import Pattern, Plan, draw_up
 from lorakit.probe import ProbeReport, probe
 from lorakit.state import require
-from lorakit.targets import Place, RequestedMode, Targets
+from lorakit.targets import Place, RequestedMode
 from lorakit.variants import Variant
 
 
@@ -62,7 +63,8 @@ def attach(
         variant: what to train, such as `LoRA(rank=8)`.
         targets: which weights: "all-linear"; a name, whole or its last parts; a glob; a compiled regex, which is
             searched; a type; a function (name, module) -> bool; or a list of these. A name that is a parameter's
-            ("encoder.in_proj_weight") selects that parameter, of any module. Every pattern must match.
+            ("encoder.in_proj_weight") selects that parameter, of any module; a layer's selects all its weights. Of the
+            packed projection of attention "q_proj_weight" and its like select one slice. Every pattern must match.
         exclude: patterns to leave out; a module is left out with all that it holds.
         mode: "auto" puts the update beside the call of a layer that is called, and in the weight where the weight is
             read; "beside" and "weight" force one.

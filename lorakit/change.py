@@ -80,7 +80,7 @@ def _add_one(addition: Addition, name: str, selection: Selection, trainable: boo
     if adapters is None:
         adapters = Adapters()
     if parameter not in adapters:
-        adapters.add_module(parameter, AdaptedWeight(addition.kind, selection))
+        adapters.add_module(parameter, AdaptedWeight(selection))
     adapters[parameter].add_module(name, addition.update.requires_grad_(trainable))
     adapters.train(layer.training)
     install(layer, adapters)

@@ -42,7 +42,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     name = one_name(state, name)
     check_complete(root, state, name)
     return {
-        file_key(site.path, site.parameter, variant.file_names[tensor], site.adapted.kind.lookup): value
+        file_key(site.path, site.parameter, variant.file_names[tensor], site.adapted[name].kind.lookup): value
         for site in sites(root, name)
         for variant in [state.weights[name][site.name]]
         for tensor, value in site.adapted[name].saved().items()

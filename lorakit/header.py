@@ -32,14 +32,17 @@ class WeightEntry:
     """The base weight's fingerprint."""
     variant: Mapping[str, Any] | None = None
     """Its own variant, as `variant_to_json` has it; None if it is the adapter's."""
+    slices: tuple[str, ...] = ()
+    """The names of the slices that were adapted, each by itself; empty if it is the parameter as a whole."""
 
     @classmethod
     def of(cls, site: Site, name: str, variant: Mapping[str, Any] | None) -> "WeightEntry":
         """The entry for a live weight."""
-        kind, mode = site.adapted.kind, site.adapted[name].mode
+        update = site.adapted[name]
         sample = fingerprint(*stored_tensors(site.layer, site.parameter))
-        shape = tuple(outline(site.layer, kind).shape)
-        return cls(site.path, site.parameter, mode, shape, stored_dtype(site.layer, kind), sample, variant)
+        shape = tuple(outline(site.layer, update.kind).shape)
+        dtype, slices = stored_dtype(site.layer, update.kind), update.kind.slices
+        return cls(site.path, site.parameter, update.mode, shape, dtype, sample, variant, slices)
 
     @property
     def name(self) -> str:
@@ -114,8 +117,8 @@ def parse_header(text: str, where: str) -> Header:
 
 
 def _entry(raw: Mapping[str, Any]) -> WeightEntry:
-    entry = WeightEntry(**{**raw, "shape": tuple(raw["shape"])})
-    words = (entry.path, entry.parameter, entry.dtype)
+    entry = WeightEntry(**{**raw, "shape": tuple(raw["shape"]), "slices": tuple(raw.get("slices", ()))})
+    words = (entry.path, entry.parameter, entry.dtype, *entry.slices)
     if not all(isinstance(word, str) for word in words) or entry.mode not in ("beside", "weight"):
         raise TypeError(f"{raw!r}")
     if not all(isinstance(size, int) and size >= 0 for size in raw["shape"]):

@@ -10,10 +10,11 @@ from lorakit.change import Addition
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry, file_key
-from lorakit.layers import Update, accumulation_dtype, check_read, stored_dtype, stored_tensors
+from lorakit.index import Index
+from lorakit.layers import CalledKind, Update, accumulation_dtype, check_read, stored_dtype, stored_tensors
 from lorakit.plan import Plan, plan_of
-from lorakit.targets import Index, Place, place_of
-from lorakit.variants import Full, Variant
+from lorakit.targets import Place, place_of
+from lorakit.variants import Full, LowRank, Variant
 
 
 @torch.inference_mode(False)
@@ -37,8 +38,7 @@ def build_additions(
     found: list[tuple[WeightEntry, Place]] = []
     for entry in header.weights:
         try:
-            whole = isinstance(header.variant_of(entry), Full)
-            found.append((entry, place_of(index, entry.path, entry.parameter, entry.mode, whole)))
+            found.append((entry, _place(index, header, entry)))
         except LorakitError as error:
             problems.append(str(error))
             _forget(left, header, entry)
@@ -65,6 +65,16 @@ def build_additions(
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
     return plan_of(root, header.variant, chosen, name), additions
+
+
+def _place(index: Index, header: Header, entry: WeightEntry) -> Place:
+    """Where an entry is adapted. A file that does not say how, PEFT's, has its dropout on the input of a call."""
+    variant = header.variant_of(entry)
+    place = place_of(index, entry.path, entry.parameter, entry.mode, isinstance(variant, Full), entry.slices)
+    drops = isinstance(variant, LowRank) and variant.dropout > 0
+    if entry.mode is None and drops and isinstance(place.kind, CalledKind) and place.mode == "weight":
+        return replace(place, mode="beside")
+    return place
 
 
 Found = dict[str, tuple[str, Tensor | None]]

@@ -167,7 +167,7 @@ def _merge(
         names = [name for name in strengths if name in site.adapted]
         if not names:
             continue
-        if _parameter(site) is None and not isinstance(site.adapted.kind, Foreign):
+        if _parameter(site) is None and not isinstance(site.adapted[names[0]].kind, Foreign):
             raise LorakitError(f"cannot merge into {site.name!r}: it is computed from other parameters")
         try:
             wide, total, result = _result(root, site, names, strengths, dequantize)
@@ -186,7 +186,7 @@ def _result(
     root: nn.Module, site: Site, names: list[str], strengths: dict[str, float], dequantize: bool | torch.dtype
 ) -> tuple[Tensor, Tensor, Result]:
     """W and W + ΔW in at least 32 bits, and what becomes of the weight."""
-    kind = site.adapted.kind
+    kind = site.adapted[names[0]].kind
     weight = dense_weight(site.layer, kind)
     total = wide = weight.to(accumulation_dtype(weight.dtype))
     with torch.autocast(weight.device.type, enabled=False):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry, variant_to_json
-from lorakit.layers import TransposedLinear, kind_of
+from lorakit.layers import TransposedLinear, kinds_of
 from lorakit.variants import VARIANTS, Full, Rows, Variant
 
 # Fields of PEFT's configs that do not change what the tensors mean: where they came from, and where they were put,
@@ -63,7 +63,9 @@ def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
             or None,
             "bias": "none",
             "fan_in_fan_out": any(
-                isinstance(kind_of(model.get_submodule(entry.path)), TransposedLinear) for entry in adapted
+                isinstance(kind, TransposedLinear)
+                for entry in adapted
+                for kind in kinds_of(model.get_submodule(entry.path))
             ),
             "init_lora_weights": True,
         }

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Foreign, check_read, kind_of, outline
+from lorakit.layers import CalledKind, Foreign, as_foreign, check_read, outline
+from lorakit.patterns import Targets
 from lorakit.state import check_addition, layers_of, root_of
 from lorakit.tables import shape, size, table
-from lorakit.targets import Place, RequestedMode, Targets, resolve, selected, wholes
+from lorakit.targets import Place, RequestedMode, resolve, selected, wholes
 from lorakit.variants import Full, Rows, Variant
 
 
@@ -190,6 +191,8 @@ def _row(place: Place, variant: Variant) -> Row:
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None
     notes = [f"also {name}" for name in place.names[1:]] + [f"tied to {name}" for name in place.tied]
+    if place.kind.slices:
+        notes.append(f"slices {', '.join(place.kind.slices)}")
     if isinstance(place.kind, Foreign):
         notes.append(place.kind.note)
     caution = variant.caution(place.kind, sketch)
@@ -215,8 +218,8 @@ def _numbers(model: nn.Module) -> list[tuple[int, int]]:
     """
     owned: dict[int, tuple[int, int]] = {}
     for module in {id(module): module for _, module in layers_of(model)}.values():
-        kind = kind_of(module)
-        if isinstance(kind, Foreign):
+        kind = as_foreign(module)
+        if kind is not None:
             owned[id(module)] = kind.inputs * kind.outputs, outline(module, kind).element_size()
             owned |= {id(p): (0, 0) for name, p in module._parameters.items() if p is not None and name != "bias"}
         for parameter in module._parameters.values():

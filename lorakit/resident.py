@@ -85,7 +85,7 @@ def adapter_parameter_groups(
     for site in sites(root, name):
         for update in [site.adapted[each] for each in site.adapted if name in (None, each)]:
             for key, parameter in update.named_parameters():
-                (fast if key == "B" and not site.adapted.kind.lookup else slow).append(parameter)
+                (fast if key == "B" and not update.kind.lookup else slow).append(parameter)
     if not fast:
         raise LorakitError("no adapter here has a factor B, whose learning rate this is about; use adapter_parameters")
     return [{"params": slow, "lr": lr, **options}, {"params": fast, "lr": ratio * lr, **options}]

@@ -7,13 +7,14 @@ no parameter and no buffer, and goes when the last adapter goes.
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 from weakref import WeakSet
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorakit.errors import LorakitError
-from lorakit.layers import AdaptedWeight, Adapters, Parameter, Selection, adapters_of
+from lorakit.layers import AdaptedWeight, Adapters, Selection, adapters_of
 from lorakit.variants import Variant
 
 KEY = "_lorakit_state"
@@ -85,8 +86,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, not what `torch.compile` made of it."""
     if not isinstance(model, nn.Module):
         raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
+    if "_orig_mod" not in model._modules:
+        return model
+    return cast(nn.Module, model._modules["_orig_mod"])
 
 
 def find_root(model: nn.Module) -> nn.Module | None:
@@ -195,7 +197,7 @@ def check_addition(model: nn.Module, name: str) -> None:
         raise LorakitError(
             f"adapter name {name!r}: a name may not hold a path separator, a dot or a space; use '-' or '_'"
         )
-    if hasattr(AdaptedWeight(Parameter("weight"), Selection()), name):
+    if hasattr(AdaptedWeight(Selection()), name):
         raise LorakitError(f"adapter name {name!r} is taken by torch.nn.Module; choose another")
     if find_root(model) is not None and name in require(model)[1].variants:
         raise LorakitError(

@@ -5,22 +5,33 @@ A pattern is "all-linear"; a name, whole or its last parts ("q_proj"); a glob ("
 pattern must match something, or it is an error that names the nearest real names.
 """
 
-import difflib
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Foreign, Kind, Mode, Parameter, base_weight, dense_weight, kind_of, outline
+from lorakit.index import Index
+from lorakit.layers import (
+    CalledKind,
+    Foreign,
+    Kind,
+    Mode,
+    Parameter,
+    Slices,
+    as_foreign,
+    base_weight,
+    dense_weight,
+    kinds_of,
+    outline,
+    parameter_names,
+    parts_of,
+)
+from lorakit.patterns import Pattern, Targets, has_parameters, is_glob, matches, patterns_of, some
 from lorakit.state import join, layers_of
 from lorakit.suitable import check_weight, only_called, only_read
 
-Pattern = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
-Targets = Pattern | Sequence[Pattern]
 RequestedMode = Literal["auto", "beside", "weight"]
 
 
@@ -67,49 +78,59 @@ def resolve(model: nn.Module, targets: Targets, exclude: Targets | None, mode: R
     if mode not in ("auto", "beside", "weight"):
         raise LorakitError(f"mode={mode!r} must be 'auto', 'beside' or 'weight'")
     index = Index(model)
-    out = _Excluded(index, _patterns(exclude, "exclude") if exclude is not None else [])
+    out = _Excluded(index, patterns_of(exclude, "exclude") if exclude is not None else [])
     chosen: dict[tuple[int, str], Place] = {}
-    for pattern in _patterns(targets, "targets"):
-        for module, parameter in _matches(index, pattern):
-            if out.has(module, parameter):
-                continue
-            place = _place(index, module, parameter, mode, pattern)
-            if place is None or out.has(module, place.kind.parameter):
-                continue
-            before = chosen.setdefault((module, place.kind.parameter), place)
-            if before.mode != place.mode:
-                raise LorakitError(
-                    f"{place.parameter!r} is selected twice, as a layer and as a parameter: name it once"
-                )
+    for pattern in patterns_of(targets, "targets"):
+        for module, parameter in matches(index, pattern):
+            for place in _places(index, module, parameter, mode, pattern, out):
+                kind = out.left_of(place)
+                if kind is not None:
+                    _choose(chosen, replace(place, kind=kind))
     if not chosen:
         raise LorakitError(f"targets={targets!r} with exclude={exclude!r} leaves nothing to adapt")
     order = {module: i for i, module in enumerate(index.modules)}
     return [chosen[key] for key in sorted(chosen, key=lambda key: order[key[0]])]
 
 
+def _choose(chosen: dict[tuple[int, str], Place], place: Place) -> None:
+    """Add a place to those that were chosen: slices of one parameter join, anything else is the same or an error."""
+    key = (id(place.layer), place.kind.parameter)
+    before = chosen.get(key, place)
+    if isinstance(before.kind, Slices) and isinstance(place.kind, Slices):
+        place = replace(place, kind=place.kind.only({*before.kind.slices, *place.kind.slices}))
+    elif before.kind != place.kind or before.mode != place.mode:
+        how = "as a whole and by its slices" if before.kind != place.kind else "as a layer and as a parameter"
+        raise LorakitError(f"{place.parameter!r} is selected twice, {how}: name it once")
+    chosen[key] = place
+
+
 def selected(model: nn.Module, pattern: Pattern, places: Sequence[Place]) -> list[int]:
     """Which of the places a pattern selects, by its module or by its parameter."""
-    matches = _Excluded(Index(model), [pattern])
-    return [i for i, place in enumerate(places) if matches.has(id(place.layer), place.kind.parameter)]
+    chosen = _Excluded(Index(model), [pattern])
+    return [i for i, place in enumerate(places) if chosen.has(id(place.layer), place.kind.parameter)]
 
 
 def wholes(model: nn.Module, patterns: Targets) -> list[Place]:
     """Every parameter that the patterns name, and every one in the modules that they name; in the weight."""
     index = Index(model)
     places: dict[tuple[int, str], Place] = {}
-    for pattern in _patterns(patterns, "train_also"):
-        for key, parameter in _matches(index, pattern):
+    for pattern in patterns_of(patterns, "train_also"):
+        for key, parameter in matches(index, pattern):
             below = [("", index.modules[key])] if parameter is not None else layers_of(index.modules[key])
             for module in {id(module): module for _, module in below}.values():
-                for own in [parameter] if parameter is not None else list(_parameter_names(module)):
-                    kind = _kind_of_parameter(module, own, whole=True)
+                for own in [parameter] if parameter is not None else list(parameter_names(module)):
+                    kind = _kind_named(module, own, whole=True)
+                    if kind.slices:
+                        raise LorakitError(f"{own!r} is a slice of {kind.parameter!r}, which is trained whole or not")
                     places[id(module), own] = _placed(index, id(module), kind, "weight", whole=True)
     if not places:
         raise LorakitError(f"train_also={patterns!r} selects no parameter")
     return list(places.values())
 
 
-def place_of(index: "Index", path: str, parameter: str, mode: Mode | None, whole: bool = False) -> Place:
+def place_of(
+    index: Index, path: str, parameter: str, mode: Mode | None, whole: bool = False, slices: tuple[str, ...] = ()
+) -> Place:
     """The weight of this layer and name, as a file gives them; `mode` as it was adapted, if that is known.
 
     If it is trained as a whole it need not be a matrix.
@@ -120,46 +141,32 @@ def place_of(index: "Index", path: str, parameter: str, mode: Mode | None, whole
     key = index.ids.get(path)
     if key is None:
         raise LorakitError(f"the model has no layer {path!r}")
+    if key in index.scripted:
+        raise _scripted(index, key)
     layer = index.modules[key]
-    own = kind_of(layer)
-    foreign = isinstance(own, Foreign) and own.parameter == parameter  # it need not be a parameter
-    if not foreign and parameter not in _parameter_names(layer):
+    foreign = as_foreign(layer)
+    if foreign is not None and (foreign.parameter != parameter or mode == "weight"):
+        foreign = None
+    if foreign is None and parameter not in parameter_names(layer):  # what is foreign need not be a parameter
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
-    kind = own if foreign and mode != "weight" else _kind_of_parameter(layer, parameter, whole)
-    return _placed(index, key, cast(Kind, kind), mode or ("weight" if whole else "auto"), whole)
+    kind = foreign or _kind_named(layer, parameter, whole)
+    if slices:
+        sliced = next((k for k in kinds_of(layer) if isinstance(k, Slices) and k.parameter == parameter), None)
+        if sliced is None or sliced.only(set(slices)).slices != slices:
+            raise LorakitError(f"{join(path, parameter)!r} has no slices {', '.join(slices)} here, in this order")
+        kind = sliced.only(set(slices))
+    return _placed(index, key, kind, mode or ("weight" if whole else "auto"), whole)
 
 
-def _kind_of_parameter(layer: nn.Module, parameter: str, whole: bool = False) -> Kind:
-    """The layer's own kind for its own weight, where it can be read; for any other parameter the general one."""
-    kind = kind_of(layer)
-    own = kind is not None and kind.parameter == parameter and not isinstance(kind, Foreign)
-    return cast(Kind, kind) if own else Parameter(parameter, flat=whole)
-
-
-class Index:
-    """The modules and parameters of a model, by identity and by name."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names: dict[int, list[str]] = {}
-        self.ids: dict[str, int] = {}
-        self.modules: dict[int, nn.Module] = {}
-        self.parameters: dict[str, tuple[int, str]] = {}  # full name -> (the owner's id, its own name)
-        self.sharing: dict[int, list[str]] = {}  # id of a parameter -> every name it has
-        for name, module in layers_of(model):
-            self.names.setdefault(id(module), []).append(name)
-            self.ids[name] = id(module)
-            self.modules[id(module)] = module
-            for own in _parameter_names(module):
-                self.parameters[join(name, own)] = (id(module), own)
-                self.sharing.setdefault(id(module._parameters.get(own)), []).append(join(name, own))
-
-    def tied(self, module: nn.Module, parameter: str) -> tuple[str, ...]:
-        """The other owners' names for the same weight."""
-        if module._parameters.get(parameter) is None:
-            return ()
-        mine = {join(name, parameter) for name in self.names[id(module)]}
-        return tuple(name for name in self.sharing[id(module._parameters[parameter])] if name not in mine)
+def _kind_named(layer: nn.Module, name: str, whole: bool = False) -> Kind:
+    """The layer's own kind for its own weight, if it can be read, or for a slice; for any other the general one."""
+    for kind in kinds_of(layer):
+        if isinstance(kind, Slices):
+            if name in kind.names:
+                return kind.only({name})
+        elif kind.parameter == name and not isinstance(kind, Foreign):
+            return kind
+    return Parameter(name, flat=whole)
 
 
 class _Excluded:
@@ -168,115 +175,56 @@ class _Excluded:
     def __init__(self, index: Index, patterns: list[Pattern]) -> None:
         self.matches: set[tuple[int, str | None]] = set()
         for pattern in patterns:
-            for key, parameter in _matches(index, pattern):
+            for key, parameter in matches(index, pattern):
                 below = layers_of(index.modules[key]) if parameter is None else [("", index.modules[key])]
                 self.matches |= {(id(module), parameter) for _, module in below}
 
     def has(self, module: int, parameter: str | None) -> bool:
         return (module, None) in self.matches or (module, parameter) in self.matches
 
-
-def _parameter_names(module: nn.Module) -> Iterator[str]:
-    yield from (name for name, parameter in module._parameters.items() if parameter is not None)
-    if "parametrizations" in module._modules:  # by torch: the parameter is a property of the class
-        yield from module._modules["parametrizations"]._modules  # type: ignore[union-attr]
-
-
-def _patterns(given: Targets, argument: str) -> list[Pattern]:
-    patterns = list(given) if isinstance(given, list | tuple | set | frozenset) else [given]
-    if not patterns:
-        raise LorakitError(f"{argument} is empty: name at least one layer, or use 'all-linear'")
-    for pattern in patterns:
-        if not (isinstance(pattern, str | re.Pattern | type) or callable(pattern)) or pattern == "":
-            raise LorakitError(
-                f"{argument} holds {pattern!r}: a target is a name, a glob, a compiled regex, a type or a function "
-                "(name, module) -> bool"
-            )
-    return patterns  # type: ignore[return-value]
-
-
-def _by_name(pattern: Pattern) -> Callable[[str], bool] | None:
-    """A test of dotted names; None for a pattern that looks at modules."""
-    if isinstance(pattern, re.Pattern):
-        return lambda name: pattern.search(name) is not None
-    if not isinstance(pattern, str):
-        return None
-    if _is_glob(pattern):
-        return lambda name: fnmatchcase(name, pattern)
-    return lambda name: name == pattern or name.endswith("." + pattern)
-
-
-def _is_glob(pattern: Pattern) -> bool:
-    return isinstance(pattern, str) and any(sign in pattern for sign in "*?[")
-
-
-def _matches(index: Index, pattern: Pattern) -> list[tuple[int, str | None]]:
-    """What a pattern selects: (module, None) for a layer, (module, parameter) for a parameter. Never empty."""
-    named = _by_name(pattern)
-    found: list[tuple[int, str | None]] = []
-    for key, module in index.modules.items():
-        if pattern == "all-linear":
-            kind = kind_of(module)
-            hit = kind is not None and kind.is_linear
-        elif named is not None:
-            hit = any(named(name) for name in index.names[key] if name)
-        elif isinstance(pattern, type):
-            hit = isinstance(module, pattern)
-        else:
-            hit = any(pattern(name, module) for name in index.names[key])  # type: ignore[operator]
-        if hit:
-            found.append((key, None))
-    if not found and named is not None:
-        found = list(dict.fromkeys(owner for name, owner in index.parameters.items() if named(name)))
-    if not found:
-        raise _no_match(index, pattern)
-    return found
-
-
-def _no_match(index: Index, pattern: Pattern) -> LorakitError:
-    adaptable = [index.names[key][0] or "(model)" for key, module in index.modules.items() if kind_of(module)]
-    if pattern == "all-linear":
-        kinds = sorted({type(module).__name__ for module in index.modules.values() if _has_parameters(module)})
-        return LorakitError(
-            f"no linear layer in this {type(index.model).__name__}; its layers with weights: "
-            f"{', '.join(kinds) or 'none'}; name parameters instead: {_some(list(index.parameters))}"
-        )
-    if not isinstance(pattern, str):
-        shown = pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "__name__", pattern)
-        return LorakitError(f"the target {shown!r} matches nothing; layers that can be adapted: {_some(adaptable)}")
-    known = [name for names in index.names.values() for name in names if name] + list(index.parameters)
-    tails = {name.split(".", i)[-1]: None for name in known for i in range(name.count(".") + 1)}
-    near = difflib.get_close_matches(pattern, [*known, *tails], n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
-    return LorakitError(
-        f"the target {pattern!r} matches nothing; {hint or f'layers that can be adapted: {_some(adaptable)}'}"
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:6]))
-    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in _parameter_names(module))
-
-
-def _place(index: Index, key: int, parameter: str | None, mode: RequestedMode, pattern: Pattern) -> Place | None:
-    """How the selected weight is adapted; None if a broad pattern met a module with no weight of its own."""
-    module = index.modules[key]
-    names = tuple(index.names[key])
-    if parameter is not None:
-        if mode == "beside":
-            raise only_read(join(names[0], parameter))
-        return _placed(index, key, _kind_of_parameter(module, parameter), "weight")
-    kind = kind_of(module)
-    if kind is None:
-        broad = _is_glob(pattern) or not isinstance(pattern, str | type)
-        if broad and not _has_parameters(module):
+    def left_of(self, place: Place) -> Kind | None:
+        """What is left to adapt of this weight; None if nothing."""
+        key, kind = id(place.layer), place.kind
+        if self.has(key, kind.parameter):
             return None
-        raise _not_adaptable(index, module, names[0])
-    return _placed(index, key, kind, mode)
+        for whole in kinds_of(place.layer):
+            gone = {name for name in whole.slices if (key, name) in self.matches}
+            if not gone or whole.parameter != kind.parameter:
+                continue
+            if not isinstance(kind, Slices):
+                raise LorakitError(
+                    f"{place.parameter!r} is named as a whole, and {', '.join(sorted(gone))} is excluded from it: name "
+                    "the slices that are to be adapted"
+                )
+            kind = kind.only(set(kind.slices) - gone)
+        return None if isinstance(kind, Slices) and not kind.slices else kind
+
+
+def _places(
+    index: Index, key: int, name: str | None, mode: RequestedMode, pattern: Pattern, out: _Excluded
+) -> Iterator[Place]:
+    """How what was selected is adapted: all of a layer, or what has this name in it."""
+    if out.has(key, name):
+        return
+    module, path = index.modules[key], index.names[key][0]
+    if key in index.scripted:
+        raise _scripted(index, key)
+    if name is not None:
+        if mode == "beside":
+            raise only_read(join(path, name))
+        yield _placed(index, key, _kind_named(module, name), "weight")
+        return
+    linear_only = pattern == "all-linear"
+    kinds = [kind for kind in kinds_of(module) if kind.is_linear or not linear_only]
+    parts = [] if linear_only else [module._modules[part] for part in parts_of(module).named if part in module._modules]
+    broad = is_glob(pattern) or not isinstance(pattern, str | type)
+    if not kinds and not parts and not (broad and not has_parameters(module)):
+        raise _not_adaptable(index, module, path)
+    for kind in kinds:
+        yield _placed(index, key, kind, mode)
+    for part in parts:
+        if part is not None and any(True for _ in part.parameters()):
+            yield from _places(index, id(part), None, mode, pattern, out)
 
 
 def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool = False) -> Place:
@@ -286,7 +234,7 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool
         raise only_read(join(names[0], kind.parameter))
     if mode == "weight" and isinstance(kind, Foreign):
         raise only_called(module, kind, join(names[0], kind.parameter))
-    called = isinstance(kind, CalledKind) and mode != "weight"
+    called = isinstance(kind, CalledKind) and mode != "weight" and not (mode == "auto" and key in index.read)
     check_weight(module, kind, names[0], whole)
     settled = module._parameters.get(kind.parameter) is not None or hasattr(type(module), kind.parameter)
     if not called and not settled:
@@ -297,15 +245,29 @@ def _placed(index: Index, key: int, kind: Kind, mode: RequestedMode, whole: bool
     return Place(names, module, kind, "beside" if called else "weight", index.tied(module, kind.parameter))
 
 
+def _scripted(index: Index, key: int) -> LorakitError:
+    name, script = index.names[key][0], index.scripted[key]
+    where = "it is a scripted module" if name == script else f"it is in the scripted module {script or '(model)'!r}"
+    return LorakitError(
+        f"cannot adapt {name or '(model)'!r}: {where}, whose compiled code sees no hook and no computed weight; "
+        "adapt the module that it was made from and merge before scripting it, or exclude it"
+    )
+
+
 def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
     what = f"cannot adapt {type(module).__name__} at {name or '(model)'!r}"
-    own = [join(name, own) for own in _parameter_names(module)]
+    own = [join(name, own) for own in parameter_names(module)]
     matrices = [n for n in own if base_weight(module, index.parameters[n][1]).dim() >= 2]
     if matrices:
-        return LorakitError(f"{what} as a whole; name its parameters ({_some(matrices)}), or exclude it")
+        return LorakitError(f"{what} as a whole; name its parameters ({some(matrices)}), or exclude it")
     if own:
-        return LorakitError(f"{what}: it has no weight of two axes or more; exclude it, or name other layers")
-    below = [join(name, n) for n, m in layers_of(module) if n and kind_of(m)]
+        sizes = ", ".join(f"{n!r} is {tuple(p.shape)}" for n, p in module.named_parameters(name, recurse=False))
+        others = [index.names[key][0] for key, m in index.modules.items() if kinds_of(m)]
+        return LorakitError(
+            f"{what}: it has no weight of two axes or more ({sizes}), and a vector has no low-rank update; exclude it, "
+            f"or name layers such as {some(others)}"
+        )
+    below = [join(name, n) for n, m in layers_of(module) if n and (kinds_of(m) or parts_of(m).named)]
     if below:
-        return LorakitError(f"{what}: it only holds other layers; name those, such as {_some(below)}")
+        return LorakitError(f"{what}: it only holds other layers; name those, such as {some(below)}")
     return LorakitError(f"{what}: it has no weight; name a layer that has one, or a parameter")

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -13,7 +14,11 @@ def spare_buffers(root: nn.Module) -> Iterator[None]:
     with ExitStack() as aside:
         for module in root.modules():
             copies = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
-            aside.enter_context(swapped(module._buffers, copies))
+            if isinstance(module, torch.jit.ScriptModule):  # its buffers lie where Python cannot swap them
+                for name, copy in copies.items():
+                    aside.callback(cast(Tensor, module._buffers[name]).copy_, copy)
+            else:
+                aside.enter_context(swapped(module._buffers, copies))
         yield
 
 

@@ -67,8 +67,24 @@ def factors_of(model: nn.Module, name: str = "default") -> Factors:
     state = model.state_dict()
     return {
         weight: (state[factor_key(weight, name, "A")].clone(), state[factor_key(weight, name, "B")].clone())
-        for weight in lk.adapters(model)[name].weights
+        for weight in weights_of(model, name)
     }
+
+
+class Weight(str):
+    """The name of an adapted weight."""
+
+    slices: str = ""
+    """Of the packed projection of attention: which of q, k and v are adapted, each by itself; "" is all as one."""
+
+
+def weights_of(model: nn.Module, name: str = "default") -> list[Weight]:
+    """The adapted weights of an adapter."""
+    weights = [Weight(weight) for weight in lk.adapters(model)[name].weights]
+    for weight in weights:
+        kind = model.get_submodule(factor_key(weight, name, "A").rpartition(".")[0]).kind
+        weight.slices = "".join(slice_name[0] for slice_name in kind.slices)
+    return weights
 
 
 def attach(model: nn.Module, case: Any, variant: Any, inputs: tuple[Tensor, ...], **more: Any) -> Any:
@@ -109,6 +125,10 @@ def dense_lora(plain: nn.Module, factors: Factors, scale: float) -> nn.Module:
 def product(plain: nn.Module, name: str, A: Tensor, B: Tensor) -> Tensor:
     """B·A with the axes of the weight, from torch's definition of each layer."""
     layer = plain.get_submodule(name.rpartition(".")[0])
+    if slices := getattr(name, "slices", ""):
+        parts = {letter: b @ a for letter, a, b in zip(slices, A, B, strict=True)}
+        zeros = torch.zeros(B.shape[1], A.shape[2], dtype=A.dtype)
+        return torch.cat([parts.get(letter, zeros) for letter in "qkv"])
     if A.dim() == B.dim() == 3 and not isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
         return torch.stack([b @ a for a, b in zip(A, B, strict=True)])  # an update for each expert
     delta = B.flatten(1) @ A.flatten(1)

@@ -36,6 +36,10 @@ class Case:
     """Whether torch.func.vmap takes the bare model."""
     twice: bool = True
     """Whether torch differentiates the bare model twice."""
+    either: bool = False
+    """Whether it is in the weight by default though it could sit beside the call."""
+    rounding: float = 1.0
+    """How much wider the tolerance is: each of several layers in a row rounds."""
     rewrites: bool = False
     """Whether the bare model's own forward writes into its weight, as `max_norm` does."""
 
@@ -102,6 +106,41 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class CrossAttention(nn.Module):
+    """Queries, keys and values of three sizes: a projection of its own for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(q, k, v, need_weights=False)[0]
+
+
+class PaddedEncoder(nn.Module):
+    """Two encoder layers and sequences of several lengths, which torch may hand over as nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        y = self.encoder(x, src_key_padding_mask=padding)
+        return y.masked_fill(padding.unsqueeze(-1), 0.0)  # what stands there depends on the path
+
+
+class Steps(nn.Module):
+    """A cell called twice, the second time with the state from the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x[1], self.cell(x[0]))[0]
+
+
 class Tied(nn.Module):
     """An output layer that shares the embedding's weight."""
 
@@ -129,6 +168,22 @@ def shared() -> nn.Sequential:
 def encoder() -> nn.Module:
     """A layer that has a fused inference path."""
     return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+
+def decoder() -> nn.Module:
+    """Self-attention, cross-attention and a feed-forward layer."""
+    layer = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True)
+    return nn.TransformerDecoder(layer, 1)
+
+
+def projected_lstm() -> nn.Module:
+    """Twelve matrices."""
+    return nn.LSTM(4, 5, num_layers=2, bidirectional=True, proj_size=3)
+
+
+def sentences() -> tuple[Tensor, ...]:
+    """Two sequences, the second one with padding."""
+    return torch.randn(2, 3, 8), torch.tensor([[False, False, False], [False, False, True]])
 
 
 def floats(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -216,12 +271,33 @@ CASES = [
     Case("transposed-linear", lambda: nn.Sequential(Conv1D(5, 6), nn.Tanh(), Conv1D(4, 5)), floats(2, 3, 6)),
     Case("attention-in", SelfAttention, floats(2, 3, 8), "attention.in_proj_weight"),
     Case("attention-out", SelfAttention, floats(2, 3, 8)),
-    Case("encoder", encoder, floats(2, 3, 8), ["linear1", "linear2"], leaves_fused_path=True),
+    Case("attention", SelfAttention, floats(2, 3, 8), "attention"),
+    Case("attention-q", SelfAttention, floats(2, 3, 8), "attention.q_proj_weight"),
+    Case("attention-qv", SelfAttention, floats(2, 3, 8), ["*.v_proj_weight", "q_proj_weight"]),
+    Case(
+        "attention-sizes",
+        CrossAttention,
+        lambda: (torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 5)),
+        nn.MultiheadAttention,
+    ),
+    Case("encoder", encoder, floats(2, 3, 8), ["linear1", "linear2"], mode="beside", leaves_fused_path=True),
+    Case("encoder-auto", encoder, floats(2, 3, 8), ["linear1", "linear2"], either=True),
+    Case("encoder-whole", encoder, floats(2, 3, 8), nn.TransformerEncoderLayer),
+    Case("encoder-padded", PaddedEncoder, sentences, ["linear1", "linear2"], either=True),
+    Case("encoder-padded-whole", PaddedEncoder, sentences, nn.TransformerEncoderLayer),
+    Case(
+        "decoder", decoder, lambda: (torch.randn(2, 3, 8), torch.randn(2, 4, 8)), nn.TransformerDecoderLayer, rounding=2
+    ),
     Case("encoder-weight", encoder, floats(2, 3, 8), ["linear1", "linear2"], mode="weight"),
     Case(
         "lstm", lambda: nn.LSTM(6, 5), floats(4, 2, 6), ["weight_ih_l0", "weight_hh_l0"], compiles=False, batches=False
     ),
+    Case("lstm-whole", projected_lstm, floats(4, 2, 4), nn.LSTM, compiles=False, batches=False),
+    Case("gru-whole", lambda: nn.GRU(6, 5, bidirectional=True), floats(4, 2, 6), nn.GRU, compiles=False, batches=False),
+    Case("rnn-whole", lambda: nn.RNN(6, 5), floats(4, 2, 6), nn.RNN, compiles=False, batches=False),
     Case("gru-cell", lambda: nn.GRUCell(6, 5), floats(3, 6), "weight_ih"),
+    Case("lstm-cell-whole", Steps, floats(2, 3, 6), nn.LSTMCell, batches=False),
+    Case("rnn-cell-whole", lambda: nn.RNNCell(6, 5), lambda: (torch.randn(3, 6), torch.randn(3, 5)), nn.RNNCell),
 ]
 
 LORAS = {
@@ -254,7 +330,8 @@ VARIANTS: dict[str, Variant] = {
 def refusal(case: Case, name: str) -> str | None:
     """What the error says where a pair has no meaning; None where it has."""
     vectors = case.targets == "all-linear" or case.name.startswith(("linear", "root-", "encoder", "tied"))
-    if name == "eva" and (not vectors or case.name == "attention-out"):
+    reads = case.name == "attention-out" or (case.name.startswith("encoder") and case.name.endswith("whole"))
+    if name == "eva" and (not vectors or reads):
         return "principal directions"
     return None
 

@@ -4,7 +4,7 @@ import math
 from functools import singledispatch
 
 import torch
-from helpers import product, scale_of, tensors_of
+from helpers import product, scale_of, tensors_of, weights_of
 from torch import Tensor, nn
 
 import lorakit as lk
@@ -19,7 +19,7 @@ def dense_updates(plain: nn.Module, model: nn.Module, variant: Variant) -> tuple
     leaves: Tensors = {}
     updates: Tensors = {}
     variant = lk.adapters(model)["default"].variant
-    for weight in lk.adapters(model)["default"].weights:
+    for weight in weights_of(model):
         mine = {}
         for key, tensor in tensors_of(model, weight).items():
             mine[key.rpartition(".")[2]] = copy = tensor.clone()
@@ -104,13 +104,17 @@ def _(variant: lk.LoKr, plain: nn.Module, weight: str, t: Tensors) -> Tensor:
 
 
 def is_stack(plain: nn.Module, weight: str) -> bool:
-    """Whether a weight of three axes is a stack of matrices: it is, where no layer of torch's has it."""
+    """Whether it is a stack of matrices: slices are, and weights of three axes that no layer of torch's has."""
+    if getattr(weight, "slices", ""):
+        return True
     layer = plain.get_submodule(weight.rpartition(".")[0])
     return plain.get_parameter(weight).dim() == 3 and not type(layer).__module__.startswith("torch.nn")
 
 
 def to_matrix(plain: nn.Module, weight: str, W: Tensor) -> Tensor:
-    """(d, k): rows are outputs."""
+    """(d, k): rows are outputs; (n, d, k) of a stack."""
+    if slices := getattr(weight, "slices", ""):
+        return torch.stack([part for letter, part in zip("qkv", W.chunk(3), strict=True) if letter in slices])
     layer = plain.get_submodule(weight.rpartition(".")[0])
     if is_stack(plain, weight):
         return W

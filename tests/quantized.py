@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.layers import dense_weight, kind_of
+from lorakit.layers import dense_weight, kinds_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what these libraries say when they are imported
@@ -198,7 +198,7 @@ over_quantized = pytest.mark.parametrize("case", QUANTIZED + UNREAD, ids=lambda 
 
 def dense_of(layer: nn.Module) -> Tensor:
     """What a layer's weight reads as."""
-    return dense_weight(layer, kind_of(layer))
+    return dense_weight(layer, kinds_of(layer)[0])
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -8,13 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_bits, assert_close, assert_same, clones, dense, factor_key, picture, randomize, run
+from helpers import (
+    assert_bits,
+    assert_close,
+    assert_same,
+    clones,
+    dense,
+    factor_key,
+    picture,
+    randomize,
+    run,
+    weights_of,
+)
 from kinds import CASES, VARIANTS
 from oracles import from_matrix
 from torch import nn
 
 import lorakit as lk
-from lorakit.layers.kind import _kind
+from lorakit.layers.kind import _kinds
 from lorakit.variants import variant as registry
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -35,7 +46,7 @@ def outside(tmp_path, monkeypatch):
     for name in FILES:
         del sys.modules[name]
     del registry.VARIANTS["Bounded"]
-    _kind.register(modules["gained"].Gained, lambda layer: None)
+    _kinds.register(modules["gained"].Gained, lambda layer: None)
 
 
 def test_each_is_one_file_of_under_sixty_lines():
@@ -74,7 +85,7 @@ def changes(model):
     """ΔW of every adapted weight as the update itself gives it."""
     return {
         name: layer.lora[own].default.delta_weight(layer._parameters[own])
-        for name in lk.adapters(model)["default"].weights
+        for name in weights_of(model)
         for layer, own in [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])]
     }
 

@@ -30,7 +30,11 @@ def test_a_plan_changes_nothing_and_is_what_attach_returns(case, variant):
     for row in plan.rows:
         (_, *inputs), (d, *_) = row.tensors["A"], row.tensors["B"]
         k = math.prod(inputs)
-        if row.kind == "Parameter" and len(row.weight) == 3:
+        if row.kind == "Slices":
+            slices, _, k = row.tensors["A"]
+            assert row.weight == (3 * k, k)
+            assert row.parameters == slices * variant.rank * 2 * k
+        elif row.kind == "Parameter" and len(row.weight) == 3:
             experts, d, k = row.weight
             assert row.parameters == experts * variant.rank * (d + k)
         else:

@@ -18,6 +18,8 @@ ORDER = [
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},
+    {"index"},
+    {"patterns"},
     {"change", "suitable", "header"},
     {"targets"},
     {"plan", "peft_config", "switch"},

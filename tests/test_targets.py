@@ -127,7 +127,6 @@ ERRORS = {
     "activation": ("mlp.1", "GELU", "layers.0.mlp.1", "no weight"),
     "bias": ("head.bias", "'head.bias'"),
     "one-axis": ("q_proj.bias", "q_proj.bias", "(8,)"),
-    "fused": ("fused", "MultiheadAttention", "'fused.in_proj_weight'"),
     "empty": ([], "empty"),
     "empty-text": ("", "''"),
     "number": (3, "3"),
@@ -217,7 +216,7 @@ def test_arguments_of_another_type_are_refused():
 @pytest.mark.parametrize("case", [c for c in CASES if c.mode == "auto"], ids=lambda case: case.name)
 def test_the_mode_can_be_forced_where_it_has_a_meaning(case: Case):
     model, _ = case.build()
-    read = any(row.applied == "in the weight" for row in lk.plan(model, LORA, **case.how).rows)
+    read = any(row.applied == "in the weight" for row in lk.plan(model, LORA, **case.how).rows) and not case.either
     weight = lk.plan(model, LORA, case.targets, mode="weight")
     assert {row.applied for row in weight.rows} == {"in the weight"}
     if read:
@@ -228,7 +227,7 @@ def test_the_mode_can_be_forced_where_it_has_a_meaning(case: Case):
 
 
 BAD_NAMES = ["", "a.b", ".", "..", "a/b", "a\\b", "a b", "a\n", "\x00", None, 3, b"a"]
-TAKEN_NAMES = ["train", "training", "forward", "kind", "selection", "_modules", "_parameters", "_forward_hooks"]
+TAKEN_NAMES = ["train", "training", "forward", "selection", "_modules", "_parameters", "_forward_hooks"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES + TAKEN_NAMES)

@@ -1,25 +1,31 @@
 """Where an update sits: one small file per kind of layer. Nothing here knows what is trained."""
 
+from lorakit.layers import attention, recurrent, transformer  # noqa: F401
 from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Update
 from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
-from lorakit.layers.foreign import Foreign, check_read, dense_weight, outline, stored_dtype
+from lorakit.layers.foreign import Foreign, as_foreign, check_read, dense_weight, outline, stored_dtype
 from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
 from lorakit.layers.kind import (
     CalledKind,
     Inputs,
     Kind,
     LastAxisKind,
+    Parts,
     accumulation_dtype,
     in_dtype,
-    kind_of,
+    kinds_of,
+    parameter_names,
+    parts_of,
     register_kind,
     register_late,
+    register_parts,
 )
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import Parameter
 from lorakit.layers.requantize import Requantized, plain_linear, replace_layer, requantized
+from lorakit.layers.slices import Slices
 from lorakit.layers.stored import scheme_of, stored_tensors
 from lorakit.layers.transposed import TransposedLinear
 
@@ -34,6 +40,7 @@ KINDS: tuple[type[Kind], ...] = (
     ReadEmbedding,
     Bilinear,
     Parameter,
+    Slices,
 )
 """Every kind, in the order in which tables name them."""
 
@@ -53,25 +60,31 @@ __all__ = [
     "Linear",
     "Mode",
     "Parameter",
+    "Parts",
     "ReadEmbedding",
     "Requantized",
     "Selection",
+    "Slices",
     "TransposedConvolution",
     "TransposedLinear",
     "Update",
     "accumulation_dtype",
     "adapters_of",
+    "as_foreign",
     "base_weight",
     "check_changeable",
     "check_read",
     "dense_weight",
     "in_dtype",
     "install",
-    "kind_of",
+    "kinds_of",
     "outline",
+    "parameter_names",
+    "parts_of",
     "plain_linear",
     "register_kind",
     "register_late",
+    "register_parts",
     "replace_layer",
     "requantized",
     "scheme_of",

@@ -42,6 +42,7 @@ class Update(nn.Module, ABC):
     """
 
     kind: Kind
+    """Which part of the weight it changes, and how that is seen: two updates of one weight may differ in it."""
     mode: Mode
     enabled: bool = True
     """Set it to False to have the base."""
@@ -106,9 +107,8 @@ class _Children(nn.Module):
 class AdaptedWeight(_Children):
     """The updates of one weight: adapter name → `Update`."""
 
-    def __init__(self, kind: Kind, selection: Selection) -> None:
+    def __init__(self, selection: Selection) -> None:
         super().__init__()
-        self.kind = kind
         self.selection = selection
 
     def __getitem__(self, name: str) -> Update:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
 from lorakit.layers.install import base_weight
-from lorakit.layers.kind import Inputs, Kind, LastAxisKind, kind_of, register_kind, register_late
+from lorakit.layers.kind import Inputs, Kind, LastAxisKind, kinds_of, register_kind, register_late
 from lorakit.layers.stored import as_floats, called, scheme_of, weight_object
 from lorakit.layers.thin import add_thin_product
 
@@ -87,7 +87,12 @@ def foreign_kind(layer: nn.Module) -> Kind | None:
 
 
 def _holds_a_layer(module: nn.Module) -> bool:
-    return any(kind_of(part) is not None for part in module.modules())
+    return any(kinds_of(part) for part in module.modules())
+
+
+def as_foreign(layer: nn.Module) -> Foreign | None:
+    """The layer's kind if it is a foreign one."""
+    return next((kind for kind in kinds_of(layer) if isinstance(kind, Foreign)), None)
 
 
 def outline(layer: nn.Module, kind: Kind) -> Tensor:
@@ -108,8 +113,8 @@ def outline(layer: nn.Module, kind: Kind) -> Tensor:
 
 def stored_dtype(layer: nn.Module, kind: Kind) -> str:
     """What a file says of how the weight was stored: its dtype, or how it is quantized."""
-    now = kind_of(layer) if isinstance(kind, Foreign) else None  # it may have been quantized since it was adapted
-    return (isinstance(now, Foreign) and now.scheme) or str(outline(layer, kind).dtype).removeprefix("torch.")
+    now = as_foreign(layer) if isinstance(kind, Foreign) else None  # it may have been quantized since it was adapted
+    return (now is not None and now.scheme) or str(outline(layer, kind).dtype).removeprefix("torch.")
 
 
 def dense_weight(layer: nn.Module, kind: Kind) -> Tensor:

@@ -29,7 +29,9 @@ class _Hooked(dict[str, Any]):
 
 def adapters_of(layer: nn.Module) -> Adapters | None:
     """What is installed on the layer, if anything."""
-    lora = layer._modules.get("lora")
+    if "lora" not in layer._modules:  # a scripted module's mapping has no `get`
+        return None
+    lora = layer._modules["lora"]
     return lora if isinstance(lora, Adapters) else None
 
 
@@ -102,7 +104,7 @@ def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         acting = tuple(adapted.acting("beside"))
         if not acting and not by_rows:
             continue
-        kind = cast(CalledKind, adapted.kind)
+        kind = next(cast(CalledKind, adapted[name].kind) for name in adapted if adapted[name].mode == "beside")
         inputs = _inputs(kind, args, kwargs)
         if kind.may_sever and y is output:
             y = output = guarded(layer, inputs, output)

@@ -6,9 +6,10 @@ variant is built from that. To add a kind, write one file: a final class below, 
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class Kind(ABC):
     """The name of the adapted parameter on its layer."""
     is_linear: bool
     """Whether `targets="all-linear"` selects it."""
+    slices: tuple[str, ...] = ()
+    """The names of the slices of the parameter that it changes; empty if it is not about slices."""
     lookup: ClassVar[bool] = False
     """Whether inputs are indices of columns. A then begins at zero and B at random: what is never looked up stays."""
     padding_idx: int | None = None
@@ -122,37 +125,71 @@ def in_dtype(kind: Kind, inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return inputs if kind.lookup else (inputs[0].to(dtype), *inputs[1:])
 
 
+Kinds = Kind | tuple[Kind, ...] | None
+"""What a registered function may return: one weight, several, or none."""
+
+
 @singledispatch
-def _kind(layer: nn.Module) -> Kind | None:
+def _kinds(layer: nn.Module) -> Kinds:
     return None
 
 
-register_kind = _kind.register
-"""Decorates a function (layer) -> Kind | None; the type of its argument is the type of layer that it is for."""
+register_kind = _kinds.register
+"""Decorates a function (layer) -> Kinds; the type of its argument is the type of layer that it is for."""
 
-_late: dict[tuple[str, str], Callable[[Any], Kind | None]] = {}
+_late: dict[tuple[str, str], Callable[[Any], Kinds]] = {}
 
 
-def register_late(module: str, name: str) -> Callable[[Callable[[Any], Kind | None]], Callable[[Any], Kind | None]]:
+def register_late(module: str, name: str) -> Callable[[Callable[[Any], Kinds]], Callable[[Any], Kinds]]:
     """`register_kind` for a type of a library that is not imported for it: only once someone else has."""
 
-    def decorate(function: Callable[[Any], Kind | None]) -> Callable[[Any], Kind | None]:
+    def decorate(function: Callable[[Any], Kinds]) -> Callable[[Any], Kinds]:
         _late[module, name] = function
         return function
 
     return decorate
 
 
-def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of a layer, by its type; None if it has none of its own.
+def kinds_of(layer: nn.Module) -> tuple[Kind, ...]:
+    """What can be adapted of a layer as a whole, by its type; empty if it has no weight of its own that is known here.
 
     Only its parameters can then be adapted, each by name (`layers.Parameter`).
     """
     for module, name in [key for key in _late if key[0] in sys.modules]:
         cls = getattr(sys.modules[module], name, None)
         if cls is not None:  # it is None while that module is still being imported
-            _kind.register(cls, _late.pop((module, name)))
-    return _kind(layer)
+            _kinds.register(cls, _late.pop((module, name)))
+    if isinstance(layer, torch.jit.ScriptModule):
+        return ()  # its type is lost, and its compiled code sees no hook and no computed weight
+    found = _kinds(layer)
+    return () if found is None else found if isinstance(found, tuple) else (found,)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Children that make a layer whole."""
+
+    named: tuple[str, ...] = ()
+    """Naming the layer names their weights too."""
+    read: tuple[str, ...] = ()
+    """The layer's own code reads their weights, on some of its paths at least: they are adapted in the weight."""
+
+
+@singledispatch
+def parts_of(layer: nn.Module) -> Parts:
+    """The parts of a layer, by its type."""
+    return Parts()
+
+
+register_parts = parts_of.register
+"""Decorates a function (layer) -> Parts; the type of its argument is the type of layer that it is for."""
+
+
+def parameter_names(layer: nn.Module) -> Iterator[str]:
+    """The names of a layer's own parameters, also of those that torch's parametrizations compute."""
+    yield from (name for name, parameter in layer._parameters.items() if parameter is not None)
+    if "parametrizations" in layer._modules:  # by torch: the parameter is a property of the class
+        yield from cast(nn.Module, layer._modules["parametrizations"])._modules
 
 
 def runs_its_own_forward(layer: nn.Module, *classes: type[nn.Module]) -> bool:

@@ -15,7 +15,7 @@ def check_dropout(dropout: float, kind: Kind, mode: Mode) -> None:
     if dropout > 0 and mode == "weight":
         raise LorakitError(
             f"dropout={dropout} acts on the input of a call and cannot be expressed in the weight; "
-            "use dropout=0, or adapt the layer itself, beside its call"
+            "use dropout=0, or adapt the layer itself, beside its call (mode='beside')"
         )
     if dropout > 0 and kind.lookup:
         raise LorakitError(
