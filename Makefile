@@ -1,9 +1,9 @@
-# make demo: the digits experiment · make test: the tests · make check: lint and types
+# make demo: the digits experiment · make test: the tests · make check: lint and types · make tables: the README's table
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check tables clean
 
 demo: .venv/digits.stamp
 	$(BIN)/lorakit digits --out runs/digits
@@ -15,6 +15,9 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tables: .venv/dev.stamp
+	PYTHONPATH=tests $(BIN)/python -m pairs
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

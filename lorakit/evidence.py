@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Foreign, base_weight
+from lorakit.layers import base_weight
 from lorakit.state import find_root
 from lorakit.switch import disabled
 from lorakit.targets import Place
@@ -126,12 +126,6 @@ def _gradients(sources: Sources, places: list[Place], ranks: list[int]) -> list[
     """The mean gradient of the loss for each weight, in its shape."""
     if sources.loss is None:
         raise LorakitError("init='lora-ga' needs loss=, a function (model, batch) -> loss")
-    for place in places:
-        if isinstance(place.kind, Foreign):
-            raise LorakitError(
-                f"at {place.label!r}: init='lora-ga' needs the gradient of the weight, and a {place.kind.name} "
-                f"({place.kind.note}) has none; use another init"
-            )
     weights = [base_weight(place.layer, place.kind.parameter) for place in places]
     sums: list[Any] = [0.0] * len(weights)
     count = 0

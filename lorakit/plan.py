@@ -187,6 +187,11 @@ def _row(place: Place, variant: Variant) -> Row:
     sketch = torch.empty_like(weight, device="meta")
     try:
         check_read(place.layer, place.kind, variant.reads_weight)
+        if variant.needs == "gradients" and isinstance(place.kind, Foreign):
+            raise LorakitError(
+                f"its start needs the gradient of the weight, and a {place.kind.name} ({place.kind.note}) has none; "
+                "use another init"
+            )
         update = variant.build(place.kind, sketch, place.mode)
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None

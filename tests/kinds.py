@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+import lorakit
 from lorakit import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, Rows, VeRA
 from lorakit.variants import Variant
 
@@ -336,8 +337,33 @@ def refusal(case: Case, name: str) -> str | None:
     return None
 
 
+def _first_of_their_kinds() -> set[str]:
+    """The names of the first case of each kind, beside the call and in the weight."""
+    seen: dict[tuple[str, str], str] = {}
+    for case in CASES:
+        for row in lorakit.plan(case.build()[0], LoRA(rank=1), **case.how).rows:
+            seen.setdefault((row.kind, row.applied), case.name)
+    return set(seen.values())
+
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-_PAIRS = [(case, name, variant) for case in CASES for name, variant in VARIANTS.items() if refusal(case, name) is None]
+FIRST = _first_of_their_kinds()
+"""Every variant meets every kind, in every dtype. Other cases of the same kind differ in what the kind itself does."""
+EACH = ("lora", "pissa", "dora", "loha", "full")
+"""What they meet in float32: variants that use all that a kind can do, `beside`, `call`, `scale_rows` and the rest."""
+_PAIRS = [
+    (case, name, variant)
+    for case in CASES
+    for name, variant in VARIANTS.items()
+    if refusal(case, name) is None and (case.name in FIRST or name in EACH)
+]
+
+
+def _dtypes(case: Case, name: str) -> dict[str, torch.dtype]:
+    if case.name in FIRST:
+        return DTYPES | ({"float16": torch.float16} if name == "lora" else {})
+    return DTYPES if name == "lora" else {"float32": torch.float32}
+
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_loras = pytest.mark.parametrize("variant", LORAS.values(), ids=LORAS)
@@ -349,7 +375,7 @@ over_pairs_and_dtypes = pytest.mark.parametrize(
     [
         pytest.param(case, variant, dtype, id=f"{case.name}-{name}-{kind}")
         for case, name, variant in _PAIRS
-        for kind, dtype in (DTYPES | ({"float16": torch.float16} if name == "lora" else {})).items()
+        for kind, dtype in _dtypes(case, name).items()
     ],
 )
 over_dtypes = pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float16], ids=[*DTYPES, "float16"])
