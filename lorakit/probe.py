@@ -54,8 +54,9 @@ class ProbeReport:
 def probe(model: nn.Module, *inputs: Any, name: str | None = None, **named_inputs: Any) -> ProbeReport:
     """Run the model on inputs in train and in eval mode, and say for each adapted weight whether its update acts.
 
-    Each update in turn is replaced by noise. If the output changes it is "effective"; if the update was never asked
-    for, its layer did not run: "unreached"; if it was, yet nothing changed: "bypassed". One pass for each weight
+    Each update in turn is replaced by noise. If the output changes it is "effective", if not "bypassed". If an update
+    was never asked for, its weight is replaced: if the output changes, something reads it past the update, "bypassed";
+    if not, its layer did not run, "unreached". One pass for each weight
     and mode, without gradients, so fused inference paths are tried as well. Weights, buffers, modes and random state
     are as before.
 
@@ -102,11 +103,10 @@ def _effects(root: nn.Module, run: Callable[[], Any], where: list[Site], name: s
         )
     effects: list[Effect] = []
     for site, spy in zip(where, spies, strict=True):
-        if not spy.asked:
-            effects.append("unreached")
-            continue
-        with _noise(site.adapted[name]):
-            effects.append("bypassed" if _same(before, output()) else "effective")
+        # Never asked: either the layer did not run, or something read its weight past the update.
+        with _noise(site.adapted[name]) if spy.asked else _other_weight(site):
+            silent = _same(before, output())
+        effects.append(("bypassed" if silent else "effective") if spy.asked else "unreached" if silent else "bypassed")
     return effects
 
 
@@ -136,6 +136,19 @@ def _watched(site: Site, name: str) -> Iterator[_Spy]:
         yield spy
     finally:
         site.adapted._modules[name] = spy.update
+
+
+@contextmanager
+def _other_weight(site: Site) -> Iterator[None]:
+    """Noise in place of the base weight itself, if it is a plain parameter of floats."""
+    weight = site.layer._parameters.get(site.parameter)
+    if weight is None or not weight.dtype.is_floating_point or type(weight) is not nn.Parameter:
+        yield
+        return
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(weight.shape, generator=generator).to(weight)
+    with swapped(site.layer._parameters, {site.parameter: nn.Parameter(noise, requires_grad=weight.requires_grad)}):
+        yield
 
 
 @contextmanager
