@@ -1,0 +1,210 @@
+"""The same for every experiment: arms that adapt one pretrained network, each with the same CPU time, and a table."""
+
+import argparse
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorakit as lk
+from benchmarks.real.training import Loss, Recipe, Run, classification, train
+from lorakit.targets import RequestedMode, Targets
+
+Choose = Callable[[nn.Module], list[nn.Parameter]]
+"""Makes a network ready for training and says which parameters train."""
+Stream = Callable[[int], Iterable[Any]]
+"""A seed → batches without end."""
+
+TUNING_SEED = 100
+"""None of the seeds that are reported."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to adapt."""
+
+    name: str
+    choose: Choose
+    recipe: Recipe
+    stream: Stream | None = None
+    """Other batches than the experiment's: without augmentation, say."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One number that a network is judged by, and how to print it."""
+
+    name: str
+    measure: Callable[[nn.Module], float]
+    digits: int = 2
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A pretrained network, what it is adapted to, and how the result is judged."""
+
+    make: Callable[[], nn.Module]
+    stream: Stream
+    validation: Mark
+    """What hyper-parameters are chosen by."""
+    marks: tuple[Mark, ...]
+    """What is reported; measured once the hyper-parameters stand."""
+    higher_is_better: bool = True
+    loss: Loss = field(default=classification)
+
+
+def everything(model: nn.Module) -> list[nn.Parameter]:
+    """Full fine-tuning."""
+    return list(model.requires_grad_(True).parameters())
+
+
+def only(select: Callable[[nn.Module], Iterable[nn.Parameter]]) -> Choose:
+    """Some of the network's own parameters; the others are frozen."""
+
+    def choose(model: nn.Module) -> list[nn.Parameter]:
+        model.requires_grad_(False)
+        chosen = list(select(model))
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return chosen
+
+    return choose
+
+
+def low_rank(variant: lk.LoRA, targets: Targets, mode: RequestedMode = "auto") -> Choose:
+    """An adapter on a frozen network."""
+
+    def choose(model: nn.Module) -> list[nn.Parameter]:
+        lk.attach(model, variant, targets, mode=mode)
+        return lk.adapter_parameters(model)
+
+    return choose
+
+
+def adapt(experiment: Experiment, arm: Arm, seed: int) -> tuple[nn.Module, Run, int]:
+    """The adapted network, what it took, and how many numbers were trained."""
+    torch.manual_seed(seed)
+    model = experiment.make()
+    parameters = arm.choose(model)
+    run = train(model, parameters, (arm.stream or experiment.stream)(seed), arm.recipe, experiment.loss)
+    return model, run, sum(p.numel() for p in parameters)
+
+
+def check_base(model: nn.Module, base: nn.Module) -> None:
+    """The adapted network still holds every tensor of its base to the bit, running statistics included."""
+    state = model.state_dict()
+    for key, wanted in base.state_dict().items():
+        if not torch.equal(state[key], wanted):
+            raise SystemExit(f"{key} of the frozen base was changed by training the adapter")
+
+
+def report(experiment: Experiment, arms: list[Arm], seeds: int) -> None:
+    """Print a line for the base, for each arm, and for the base inside each adapted network."""
+    marks = (experiment.validation, *experiment.marks)
+    width = max(len(mark.name) for mark in marks) + 2
+    base = experiment.make()
+    before = {mark.name: mark.measure(base) for mark in marks}
+    titles = " | ".join(f"{mark.name:>{width}}" for mark in marks)
+    print(f"{'':26} | {'trained':>8} | steps | CPU s | {titles}")
+    print(_line("base", 0, [], {name: [value] for name, value in before.items()}, marks, width), flush=True)
+    for arm in arms:
+        runs, values, count = [], {mark.name: list[float]() for mark in marks}, 0
+        for seed in range(seeds):
+            model, run, count = adapt(experiment, arm, seed)
+            runs.append(run)
+            for mark in marks:
+                values[mark.name].append(mark.measure(model))
+        print(_line(arm.name, count, runs, values, marks, width), flush=True)
+        if lk.adapters(model):  # once for each arm: the last seed's
+            check_base(model, base)
+            with lk.disabled(model):
+                off = {mark.name: mark.measure(model) for mark in marks}
+            if off != before:
+                raise SystemExit(f"with the adapter off: {off}, the base: {before}")
+            print(_line("  the adapter off", 0, [], {n: [v] for n, v in off.items()}, marks, width), flush=True)
+
+
+def tune(experiments: Mapping[str, Callable[[], Experiment]], candidates: list[Arm]) -> None:
+    """Print the mean validation mark of each candidate, the best first; nothing else is measured."""
+    ready = {name: make() for name, make in experiments.items()}
+    scored: list[tuple[float, str]] = []
+    for arm in candidates:
+        got = {}
+        for name, experiment in ready.items():
+            model, run, _ = adapt(experiment, arm, seed=TUNING_SEED)
+            got[name] = experiment.validation.measure(model)
+        scored.append((statistics.fmean(got.values()), arm.name))
+        each = " ".join(f"{value:.3f}" for value in got.values()) if len(got) > 1 else ""
+        print(f"  {scored[-1][0]:8.3f}  {arm.name} ({run.steps} steps) {each}", flush=True)
+    better = all(experiment.higher_is_better for experiment in ready.values())
+    scored.sort(key=lambda row: row[0], reverse=better)
+    print("\n".join(["the best first:", *(f"{score:8.3f}  {name}" for score, name in scored)]))
+
+
+def command_line(
+    about: str, experiments: Mapping[str, Callable[[], Experiment]], arms: list[Arm], candidates: list[Arm]
+) -> None:
+    """`python -m benchmarks.real.<name> [--seconds S] [--seeds N] [--only NAME] [--tune [REGEX]]`."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, help="CPU time for each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=list(experiments), help="one of the experiments")
+    parser.add_argument(
+        "--tune", nargs="?", const="", metavar="REGEX", help="score the candidates whose name it matches"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.only:
+        experiments = {options.only: experiments[options.only]}
+    if options.seconds is not None:
+        arms, candidates = (
+            [replace(arm, recipe=replace(arm.recipe, seconds=options.seconds)) for arm in some]
+            for some in (arms, candidates)
+        )
+    if options.tune is not None:
+        return tune(experiments, [arm for arm in candidates if re.search(options.tune, arm.name)])
+    cpu, wall = time.process_time(), time.perf_counter()
+    for name, make in experiments.items():
+        print(f"\n{name}")
+        report(make(), arms, options.seeds)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    print(f"\n{options.seeds} seeds, mean ± standard deviation; {cpu:.0f} s of CPU time, {wall:.0f} s in all")
+
+
+def _line(
+    name: str, count: int, runs: list[Run], values: dict[str, list[float]], marks: tuple[Mark, ...], width: int
+) -> str:
+    """A row: means over the seeds, with the standard deviation between them."""
+    steps = f"{statistics.fmean(run.steps for run in runs):.0f}" if runs else "-"
+    cpu = f"{statistics.fmean(run.cpu for run in runs):.1f}" if runs else "-"
+    cells = []
+    for mark in marks:
+        got = values[mark.name]
+        spread = f" ±{statistics.stdev(got):.{mark.digits}f}" if len(got) > 1 else ""
+        cells.append(f"{f'{statistics.fmean(got):.{mark.digits}f}{spread}':>{width}}")
+    return f"{name:26} | {count or '-':>8} | {steps:>5} | {cpu:>5} | {' | '.join(cells)}"
+
+
+def percent(share: Callable[..., float], *args: Any) -> Callable[[nn.Module], float]:
+    """A measure in per cent."""
+    return lambda model: 100 * share(model, *args)
+
+
+def last_linear(model: nn.Module) -> list[nn.Parameter]:
+    """Of the last linear layer: for `only`."""
+    return list([module for module in model.modules() if isinstance(module, nn.Linear)][-1].parameters())
+
+
+def norm_affine(model: nn.Module) -> list[nn.Parameter]:
+    """The scales and shifts of all BatchNorm layers: for `only`."""
+    return [p for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
+
+
+def biases(model: nn.Module) -> list[nn.Parameter]:
+    """All biases (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199): for `only`."""
+    return [p for name, p in model.named_parameters() if name.endswith("bias")]

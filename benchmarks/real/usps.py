@@ -1,0 +1,96 @@
+"""Four networks that read MNIST digits learn to read those of the US Postal Service, and still read MNIST.
+
+    python -m benchmarks.real.usps            # the table: 5 s of CPU time for each training, three seeds
+    python -m benchmarks.real.usps --tune     # the hyper-parameters' scores on the validation images
+
+The digits fill the whole 28×28 image, as papers on domain adaptation have it: 2,000 to train on, 1,000 for
+validation, 8,000 to test. One choice of hyper-parameters for all four networks: the best mean validation score.
+"""
+
+from collections.abc import Iterator
+from functools import cache, partial
+
+from torch import nn
+
+import lorakit as lk
+from benchmarks.real import data, models
+from benchmarks.real.compare import (
+    Arm,
+    Experiment,
+    Mark,
+    biases,
+    command_line,
+    everything,
+    last_linear,
+    low_rank,
+    only,
+    percent,
+)
+from benchmarks.real.training import Batch, Recipe, accuracy, batches, nudge
+
+BUDGET = 5.0
+BATCH = 50
+
+
+@cache
+def parts() -> tuple[data.Images, data.Images, data.Images]:
+    """Training, validation and test images, equally many of each digit."""
+    known, test = data.usps(stretched=True).split(300, seed=0)
+    return (*known.split(200, seed=1), test)
+
+
+@cache
+def old_images() -> data.Images:
+    """MNIST's test images."""
+    return data.mnist("test")
+
+
+def stream(name: str, seed: int) -> Iterator[Batch]:
+    """Batches of images that are moved by up to one pixel."""
+    return batches(parts()[0], models.digit_input(name), BATCH, seed, nudge)
+
+
+def experiment(name: str) -> Experiment:
+    """One of the four networks."""
+    _, validation, test = parts()
+    prepare = models.digit_input(name)
+    return Experiment(
+        partial(models.mnist_cnn, name),
+        partial(stream, name),
+        Mark("validation", percent(accuracy, validation, prepare)),
+        (
+            Mark("USPS test", percent(accuracy, test, prepare)),
+            Mark("MNIST test", percent(accuracy, old_images(), prepare)),
+        ),
+    )
+
+
+def lora(rank: int, lr: float, mode: str) -> Arm:
+    """An adapter on every convolution and every linear layer."""
+    choose = low_rank(lk.LoRA(rank), [nn.Conv2d, nn.Linear], mode)  # type: ignore[arg-type]
+    return Arm(f"LoRA r={rank} lr={lr:g} {mode}", choose, Recipe(lr, seconds=BUDGET))
+
+
+def full(lr: float) -> Arm:
+    """Full fine-tuning."""
+    return Arm(f"full lr={lr:g}", everything, Recipe(lr, seconds=BUDGET))
+
+
+CANDIDATES = [
+    *(full(lr) for lr in (1e-3, 3e-3, 1e-2)),
+    *(lora(4, lr, mode) for lr in (1e-2, 3e-2) for mode in ("beside", "weight")),
+    *(lora(8, lr, "beside") for lr in (3e-3, 1e-2, 3e-2)),
+    *(Arm(f"head lr={lr:g}", only(last_linear), Recipe(lr, seconds=BUDGET)) for lr in (1e-2,)),
+    *(Arm(f"biases lr={lr:g}", only(biases), Recipe(lr, seconds=BUDGET)) for lr in (1e-2,)),
+]
+
+ARMS = CANDIDATES[:1]
+
+
+def main() -> None:
+    """The command line."""
+    command_line(__doc__ or "", {name: partial(experiment, name) for name in models.MNIST_CNNS}, ARMS, CANDIDATES)
+
+
+if __name__ == "__main__":
+    main()
