@@ -17,9 +17,12 @@ from lorakit.targets import RequestedMode, Targets
 
 Choose = Callable[[nn.Module], list[nn.Parameter]]
 """Makes a network ready for training and says which parameters train."""
+Measure = Callable[[nn.Module], float]
+"""One number that a network is judged by."""
 Stream = Callable[[int], Iterable[Any]]
 """A seed → batches without end."""
 
+_WIDTH = 15
 TUNING_SEED = 100
 """None of the seeds that are reported."""
 
@@ -36,24 +39,15 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """One number that a network is judged by, and how to print it."""
-
-    name: str
-    measure: Callable[[nn.Module], float]
-    digits: int = 2
-
-
-@dataclass(frozen=True)
 class Experiment:
     """A pretrained network, what it is adapted to, and how the result is judged."""
 
     make: Callable[[], nn.Module]
     stream: Stream
-    validation: Mark
+    validation: Measure
     """What hyper-parameters are chosen by."""
-    marks: tuple[Mark, ...]
-    """What is reported; measured once the hyper-parameters stand."""
+    judge: Callable[[nn.Module], dict[str, float]]
+    """What is reported, by title; measured only once the hyper-parameters stand."""
     higher_is_better: bool = True
     loss: Loss = field(default=classification)
 
@@ -105,28 +99,24 @@ def check_base(model: nn.Module, base: nn.Module) -> None:
 
 def report(experiment: Experiment, arms: list[Arm], seeds: int) -> None:
     """Print a line for the base, for each arm, and for the base inside each adapted network."""
-    marks = (experiment.validation, *experiment.marks)
-    width = max(len(mark.name) for mark in marks) + 2
     base = experiment.make()
-    before = {mark.name: mark.measure(base) for mark in marks}
-    titles = " | ".join(f"{mark.name:>{width}}" for mark in marks)
-    print(f"{'':26} | {'trained':>8} | steps | CPU s | {titles}")
-    print(_line("base", 0, [], {name: [value] for name, value in before.items()}, marks, width), flush=True)
+    before = experiment.judge(base)
+    print(f"{'':26} | {'trained':>8} | steps | CPU s | {' | '.join(f'{title:>{_WIDTH}}' for title in before)}")
+    print(_line("base", 0, [], [before]), flush=True)
     for arm in arms:
-        runs, values, count = [], {mark.name: list[float]() for mark in marks}, 0
+        runs, got, count = [], [], 0
         for seed in range(seeds):
             model, run, count = adapt(experiment, arm, seed)
             runs.append(run)
-            for mark in marks:
-                values[mark.name].append(mark.measure(model))
-        print(_line(arm.name, count, runs, values, marks, width), flush=True)
+            got.append(experiment.judge(model))
+        print(_line(arm.name, count, runs, got), flush=True)
         if lk.adapters(model):  # once for each arm: the last seed's
             check_base(model, base)
             with lk.disabled(model):
-                off = {mark.name: mark.measure(model) for mark in marks}
+                off = experiment.judge(model)
             if off != before:
                 raise SystemExit(f"with the adapter off: {off}, the base: {before}")
-            print(_line("  the adapter off", 0, [], {n: [v] for n, v in off.items()}, marks, width), flush=True)
+            print(_line("  the adapter off", 0, [], [off]), flush=True)
 
 
 def tune(experiments: Mapping[str, Callable[[], Experiment]], candidates: list[Arm]) -> None:
@@ -137,7 +127,7 @@ def tune(experiments: Mapping[str, Callable[[], Experiment]], candidates: list[A
         got = {}
         for name, experiment in ready.items():
             model, run, _ = adapt(experiment, arm, seed=TUNING_SEED)
-            got[name] = experiment.validation.measure(model)
+            got[name] = experiment.validation(model)
         scored.append((statistics.fmean(got.values()), arm.name))
         each = " ".join(f"{value:.3f}" for value in got.values()) if len(got) > 1 else ""
         print(f"  {scored[-1][0]:8.3f}  {arm.name} ({run.steps} steps) {each}", flush=True)
@@ -176,21 +166,24 @@ def command_line(
     print(f"\n{options.seeds} seeds, mean ± standard deviation; {cpu:.0f} s of CPU time, {wall:.0f} s in all")
 
 
-def _line(
-    name: str, count: int, runs: list[Run], values: dict[str, list[float]], marks: tuple[Mark, ...], width: int
-) -> str:
+def _line(name: str, count: int, runs: list[Run], got: list[dict[str, float]]) -> str:
     """A row: means over the seeds, with the standard deviation between them."""
     steps = f"{statistics.fmean(run.steps for run in runs):.0f}" if runs else "-"
     cpu = f"{statistics.fmean(run.cpu for run in runs):.1f}" if runs else "-"
     cells = []
-    for mark in marks:
-        got = values[mark.name]
-        spread = f" ±{statistics.stdev(got):.{mark.digits}f}" if len(got) > 1 else ""
-        cells.append(f"{f'{statistics.fmean(got):.{mark.digits}f}{spread}':>{width}}")
-    return f"{name:26} | {count or '-':>8} | {steps:>5} | {cpu:>5} | {' | '.join(cells)}"
+    for title in got[0]:
+        values = [one[title] for one in got]
+        spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        cells.append(f"{f'{statistics.fmean(values):.2f}{spread}':>{_WIDTH}}")
+    return f"{name:26} | {f'{count:,}' if count else '-':>8} | {steps:>5} | {cpu:>5} | {' | '.join(cells)}"
 
 
-def percent(share: Callable[..., float], *args: Any) -> Callable[[nn.Module], float]:
+def judged_by(measures: Mapping[str, Measure]) -> Callable[[nn.Module], dict[str, float]]:
+    """For an experiment: each of these."""
+    return lambda model: {title: measure(model) for title, measure in measures.items()}
+
+
+def percent(share: Callable[..., float], *args: Any) -> Measure:
     """A measure in per cent."""
     return lambda model: 100 * share(model, *args)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import lorakit as lk
 from benchmarks.real import data, models
-from benchmarks.real.compare import Arm, Experiment, Mark, command_line, everything, low_rank
+from benchmarks.real.compare import Arm, Experiment, command_line, everything, judged_by, low_rank
 from benchmarks.real.training import Recipe
 
 BUDGET = 25.0
@@ -109,13 +109,10 @@ def stream(tokens: Tensor, seed: int) -> Iterator[Tensor]:
 def experiment(split: Callable[[], Split]) -> Experiment:
     """A new language."""
     train, validation, test = (rows(text) for text in split())
+    text = {"validation": validation[:96], "test": test, "base's own": told()}
+    marks = {title: perplexity(some) for title, some in text.items()}
     return Experiment(
-        make,
-        partial(stream, train),
-        Mark("validation", perplexity(validation[:96])),
-        (Mark("test", perplexity(test)), Mark("base's own stories", perplexity(told()))),
-        higher_is_better=False,
-        loss=surprise,
+        make, partial(stream, train), marks["validation"], judged_by(marks), higher_is_better=False, loss=surprise
     )
 
 

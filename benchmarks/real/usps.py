@@ -17,10 +17,10 @@ from benchmarks.real import data, models
 from benchmarks.real.compare import (
     Arm,
     Experiment,
-    Mark,
     biases,
     command_line,
     everything,
+    judged_by,
     last_linear,
     low_rank,
     only,
@@ -53,16 +53,9 @@ def stream(name: str, seed: int) -> Iterator[Batch]:
 def experiment(name: str) -> Experiment:
     """One of the four networks."""
     _, validation, test = parts()
-    prepare = models.digit_input(name)
-    return Experiment(
-        partial(models.mnist_cnn, name),
-        partial(stream, name),
-        Mark("validation", percent(accuracy, validation, prepare)),
-        (
-            Mark("USPS test", percent(accuracy, test, prepare)),
-            Mark("MNIST test", percent(accuracy, old_images(), prepare)),
-        ),
-    )
+    images = {"validation": validation, "USPS test": test, "MNIST test": old_images()}
+    marks = {title: percent(accuracy, some, models.digit_input(name)) for title, some in images.items()}
+    return Experiment(partial(models.mnist_cnn, name), partial(stream, name), marks["validation"], judged_by(marks))
 
 
 def lora(rank: int, lr: float, mode: str) -> Arm:

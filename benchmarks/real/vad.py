@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import lorakit as lk
 from benchmarks.real import models, speech
-from benchmarks.real.compare import Arm, Experiment, Mark, command_line, everything, low_rank
+from benchmarks.real.compare import Arm, Experiment, command_line, everything, judged_by, low_rank
 from benchmarks.real.training import Batch, Recipe
 from benchmarks.real.voice import windows
 
@@ -87,18 +87,14 @@ def experiment() -> Experiment:
         for seed, part in ((2, validation), (3, test))
     ]
     agreed = [by_base(part.waves) > 0.5 for part in (validation, test)]
-    return Experiment(
-        models.voice_activity,
-        stream,
-        Mark("validation", share(noisy[0], agreed[0])),
-        (
-            Mark("agreed, noise", share(noisy[1], agreed[1])),
-            Mark("true, noise", share(noisy[1], test.spoken)),
-            Mark("agreed, silence", share(0.1 * test.waves, agreed[1])),
-            Mark("true, silence", share(0.1 * test.waves, test.spoken)),
-        ),
-        loss=distil,
-    )
+    marks = {
+        "validation": share(noisy[0], agreed[0]),
+        "agreed, noise": share(noisy[1], agreed[1]),
+        "true, noise": share(noisy[1], test.spoken),
+        "agreed, silence": share(0.1 * test.waves, agreed[1]),
+        "true, silence": share(0.1 * test.waves, test.spoken),
+    }
+    return Experiment(models.voice_activity, stream, marks["validation"], judged_by(marks), loss=distil)
 
 
 def lora(rank: int, lr: float) -> Arm:
