@@ -57,19 +57,6 @@ def everything(model: nn.Module) -> list[nn.Parameter]:
     return list(model.requires_grad_(True).parameters())
 
 
-def only(select: Callable[[nn.Module], Iterable[nn.Parameter]]) -> Choose:
-    """Some of the network's own parameters; the others are frozen."""
-
-    def choose(model: nn.Module) -> list[nn.Parameter]:
-        model.requires_grad_(False)
-        chosen = list(select(model))
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        return chosen
-
-    return choose
-
-
 def low_rank(variant: lk.LoRA, targets: Targets, mode: RequestedMode = "auto") -> Choose:
     """An adapter on a frozen network."""
 
@@ -186,18 +173,3 @@ def judged_by(measures: Mapping[str, Measure]) -> Callable[[nn.Module], dict[str
 def percent(share: Callable[..., float], *args: Any) -> Measure:
     """A measure in per cent."""
     return lambda model: 100 * share(model, *args)
-
-
-def last_linear(model: nn.Module) -> list[nn.Parameter]:
-    """Of the last linear layer: for `only`."""
-    return list([module for module in model.modules() if isinstance(module, nn.Linear)][-1].parameters())
-
-
-def norm_affine(model: nn.Module) -> list[nn.Parameter]:
-    """The scales and shifts of all BatchNorm layers: for `only`."""
-    return [p for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
-
-
-def biases(model: nn.Module) -> list[nn.Parameter]:
-    """All biases (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199): for `only`."""
-    return [p for name, p in model.named_parameters() if name.endswith("bias")]

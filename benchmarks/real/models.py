@@ -153,7 +153,9 @@ def voice_activity() -> VoiceActivity:
 def stories(folder: Path = SHARED / "models" / "stories260K") -> tuple[nn.Module, Callable[..., object]]:
     """The Llama of 260 thousand parameters trained on TinyStories, in eval mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
