@@ -58,10 +58,10 @@ def experiment() -> Experiment:
     return Experiment(make, stream, chosen_by, judge)
 
 
-def lora(rank: int, lr: float, mode: str = "weight", augmented: bool = True, alpha: float | None = None) -> Arm:
+def lora(rank: int, lr: float, mode: str = "weight", augmented: bool = True) -> Arm:
     """An adapter on all convolutions and the head. BatchNorm keeps the base's statistics: the base must not change."""
-    choose = low_rank(lk.LoRA(rank, alpha=alpha), TARGETS, mode)  # type: ignore[arg-type]
-    name = f"LoRA r={rank} lr={lr:g} {mode}{f' alpha={alpha:g}' if alpha else ''}{'' if augmented else ' as they are'}"
+    choose = low_rank(lk.LoRA(rank), TARGETS, mode)  # type: ignore[arg-type]
+    name = f"LoRA r={rank} lr={lr:g} {mode}{'' if augmented else ' as they are'}"
     return Arm(name, choose, Recipe(lr, seconds=BUDGET), partial(stream, augmented=augmented))
 
 
@@ -85,9 +85,8 @@ CANDIDATES = [
     lora(4, 1e-2),
     lora(32, 1e-2),
     lora(16, 1e-2, augmented=False),
-    lora(16, 1e-2, alpha=32),
 ]
-ARMS = [full("adamw", 1e-3, "eval"), lora(16, 1e-2)]
+ARMS = [full("adamw", 1e-3, "eval", augmented=False), lora(16, 1e-2, augmented=False)]
 
 
 def main() -> None:

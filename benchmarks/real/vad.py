@@ -108,12 +108,13 @@ def full(lr: float) -> Arm:
 
 
 CANDIDATES = [
-    *(full(lr) for lr in (3e-4, 1e-3, 3e-3)),
+    *(full(lr) for lr in (3e-4, 1e-3, 3e-3, 1e-2)),
     *(lora(8, lr) for lr in (1e-3, 3e-3, 1e-2)),
     lora(16, 3e-3),
     lora(16, 1e-2),
+    lora(16, 3e-2),
 ]
-ARMS = CANDIDATES[:1]
+ARMS = [full(3e-3), lora(16, 1e-2)]
 
 
 def main() -> None:
