@@ -16,9 +16,8 @@ import lorakit as lk
 pytest.importorskip("scipy", reason="the real data are read with SciPy")
 pytest.importorskip("PIL", reason="the real data are read with Pillow")
 
-from benchmarks.real import data, models, speech, stories, usps, vad
+from benchmarks.real import data, models, stories, usps, vad
 from benchmarks.real.training import Loss, Recipe, batches, classification, train
-from benchmarks.real.voice import windows
 
 pytestmark = pytest.mark.skipif(
     not ((data.SHARED / "models").is_dir() and (data.SHARED / "data").is_dir()),
@@ -54,13 +53,6 @@ def lines() -> Iterator[Tensor]:
     return stories.stream(stories.rows(data.text()[:20_000]), seed=0)
 
 
-def heard() -> tuple[Tensor, ...]:
-    """Two windows of a voice with noise, and a state that is not zero, so that the cell's both weights matter."""
-    waves = speech.in_noise(speech.sounds(2, 2.0, seed=5).waves, torch.Generator().manual_seed(0), (0.0, 10.0))
-    _, state = models.voice_activity()(windows(waves)[:, 30])
-    return windows(waves)[:, 31], tuple(tensor.detach() for tensor in state)
-
-
 CALLED = [nn.Conv2d, nn.Linear]
 REAL = [
     Real(
@@ -94,7 +86,16 @@ REAL = [
         stories.surprise,
         steps=6,
     ),
-    Real("voice", models.voice_activity, vad.TARGETS, 6, heard, partial(vad.stream, 0, clips=16), vad.distil, steps=4),
+    Real(
+        "voice",
+        models.voice_activity,
+        vad.TARGETS,
+        6,
+        vad.moment,
+        partial(vad.stream, 0, clips=16),
+        vad.distil,
+        steps=4,
+    ),
 ]
 
 

@@ -67,12 +67,13 @@ def full(lr: float) -> Arm:
 
 
 CANDIDATES = [
-    *(full(lr) for lr in (1e-3, 3e-3, 1e-2)),
+    *(full(lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2)),
     *(lora(4, lr, "beside") for lr in (3e-3, 1e-2)),
     *(lora(8, lr, "beside") for lr in (3e-3, 1e-2, 3e-2)),
-    lora(8, 1e-2, "weight"),
+    *(lora(rank, 1e-2, "weight") for rank in (8, 16)),
+    lora(16, 1e-2, "beside"),
 ]
-ARMS = CANDIDATES[:1]
+ARMS = [full(1e-2), lora(8, 1e-2, "weight")]
 
 
 def main() -> None:

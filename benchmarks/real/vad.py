@@ -21,7 +21,7 @@ import lorakit as lk
 from benchmarks.real import models, speech
 from benchmarks.real.compare import Arm, Experiment, command_line, everything, judged_by, low_rank
 from benchmarks.real.training import Batch, Recipe
-from benchmarks.real.voice import windows
+from benchmarks.real.voice import State, windows
 
 BUDGET = 25.0
 BATCH = 8
@@ -117,8 +117,22 @@ CANDIDATES = [
 ARMS = [full(3e-3), lora(16, 1e-2)]
 
 
+def moment() -> tuple[Tensor, State]:
+    """One window of noisy speech, and the state that the window before it left.
+
+    At the silent start of a clip, or with a state of zeros, some updates can have no effect.
+    """
+    waves = speech.in_noise(speech.sounds(2, 2.0, seed=4).waves, torch.Generator().manual_seed(0), NOISE)
+    with torch.no_grad():
+        _, state = models.voice_activity()(windows(waves)[:, 30])
+    return windows(waves)[:, 31], state
+
+
 def main() -> None:
-    """The command line."""
+    """The command line; and the proof that each update reaches the output."""
+    model = models.voice_activity()
+    lk.attach(model, lk.LoRA(rank=16), TARGETS, name="probe")
+    print(lk.probe(model, *moment()))
     command_line(__doc__ or "", {"voice detector in noise": experiment}, ARMS, CANDIDATES)
 
 
