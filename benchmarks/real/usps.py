@@ -73,7 +73,7 @@ CANDIDATES = [
     *(lora(rank, 1e-2, "weight") for rank in (8, 16)),
     lora(16, 1e-2, "beside"),
 ]
-ARMS = [full(1e-2), lora(8, 1e-2, "weight")]
+ARMS = [full(1e-2), lora(16, 1e-2, "weight")]
 
 
 def main() -> None:
