@@ -22,7 +22,7 @@ Measure = Callable[[nn.Module], float]
 Stream = Callable[[int], Iterable[Any]]
 """A seed → batches without end."""
 
-_WIDTH = 15
+_NAME, _WIDTH = 40, 15
 TUNING_SEED = 100
 """None of the seeds that are reported."""
 
@@ -88,7 +88,7 @@ def report(experiment: Experiment, arms: list[Arm], seeds: int) -> None:
     """Print a line for the base, for each arm, and for the base inside each adapted network."""
     base = experiment.make()
     before = experiment.judge(base)
-    print(f"{'':26} | {'trained':>8} | steps | CPU s | {' | '.join(f'{title:>{_WIDTH}}' for title in before)}")
+    print(f"{'':{_NAME}} | {'trained':>8} | steps | CPU s | {' | '.join(f'{title:>{_WIDTH}}' for title in before)}")
     print(_line("base", 0, [], [before]), flush=True)
     for arm in arms:
         runs, got, count = [], [], 0
@@ -162,7 +162,7 @@ def _line(name: str, count: int, runs: list[Run], got: list[dict[str, float]]) -
         values = [one[title] for one in got]
         spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
         cells.append(f"{f'{statistics.fmean(values):.2f}{spread}':>{_WIDTH}}")
-    return f"{name:26} | {f'{count:,}' if count else '-':>8} | {steps:>5} | {cpu:>5} | {' | '.join(cells)}"
+    return f"{name:{_NAME}} | {f'{count:,}' if count else '-':>8} | {steps:>5} | {cpu:>5} | {' | '.join(cells)}"
 
 
 def judged_by(measures: Mapping[str, Measure]) -> Callable[[nn.Module], dict[str, float]]:

@@ -87,7 +87,7 @@ def usps_raw() -> Images:
 def usps(stretched: bool = False) -> Images:
     """USPS laid out as MNIST is: the digit in a box of 20×20, its centre of mass in the middle of 28×28.
 
-    Or `stretched` to fill 28×28, as papers on domain adaptation have it: much further from MNIST.
+    Or `stretched` to fill 28×28: much further from MNIST.
     """
     raw = usps_raw()
     if stretched:

@@ -3,7 +3,7 @@
     python -m benchmarks.real.resnet            # the table: 40 s of CPU time for each training, three seeds
     python -m benchmarks.real.resnet --tune     # the hyper-parameters' scores on the validation images
 
-It trains on 10,000 JPEGs of the training images. The base has learned those same images by heart, as PNG, so they
+It trains on 10,000 JPEGs of the training images. The base was trained on those same images, as PNG, so they
 are no use for choosing: 2,000 of the test images are for validation, and the other 8,000 are only reported.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.real.usps            # the table: 4 s of CPU time for each training, three seeds
     python -m benchmarks.real.usps --tune     # the hyper-parameters' scores on the validation images
 
-The digits fill the whole 28×28 image, as papers on domain adaptation have it: 2,000 to train on, 1,000 for
+The digits fill the whole 28×28 image: 2,000 to train on, 1,000 for
 validation, 8,000 to test. One choice of hyper-parameters for all four networks: the best mean validation score.
 """
 
