@@ -52,16 +52,16 @@ class Images:
         return self.take(torch.cat(parts[0])), self.take(torch.cat(parts[1]))
 
 
-def cifar10(split: str) -> Images:
-    """10,000 JPEG images, "train" or "test", 32×32 in colour; the class is the name of the folder."""
+def cifar10(split: str, every: int = 1) -> Images:
+    """10,000 JPEG images, "train" or "test", 32×32 in colour, or one in so many; the class is the folder's name."""
     from PIL import Image
 
     pixels, labels = [], []
     with tarfile.open(SHARED / "data" / "cifar10" / _CIFAR_TARS[split]) as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.name.endswith(".jpg") else None
-            if file is None:
-                continue
+        members = [member for member in tar if member.name.endswith(".jpg")]
+        for member in members[::every]:
+            file = tar.extractfile(member)
+            assert file is not None
             with Image.open(BytesIO(file.read())) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
             labels.append(CIFAR_CLASSES.index(Path(member.name).parent.name))
@@ -84,9 +84,15 @@ def usps_raw() -> Images:
     return Images(pixels, torch.from_numpy(table["gnd"].astype(np.int64)).flatten() - 1)
 
 
-def usps() -> Images:
-    """USPS laid out as MNIST is: the digit in a box of 20×20, its centre of mass in the middle of 28×28."""
+def usps(stretched: bool = False) -> Images:
+    """USPS laid out as MNIST is: the digit in a box of 20×20, its centre of mass in the middle of 28×28.
+
+    Or `stretched` to fill 28×28: much further from MNIST.
+    """
     raw = usps_raw()
+    if stretched:
+        large = F.interpolate(raw.pixels.float(), size=(28, 28), mode="bilinear", align_corners=False)
+        return Images(large.round().to(torch.uint8), raw.labels)
     box = F.interpolate(raw.pixels.float(), size=(20, 20), mode="bicubic", align_corners=False)
     return Images(_centred(box.clamp(0, 255).round().to(torch.uint8), 28), raw.labels)
 

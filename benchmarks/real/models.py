@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.real.data import SHARED
-from benchmarks.real.vad import VoiceActivity
+from benchmarks.real.voice import VoiceActivity
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -153,8 +153,26 @@ def voice_activity() -> VoiceActivity:
 def stories(folder: Path = SHARED / "models" / "stories260K") -> tuple[nn.Module, Callable[..., object]]:
     """The Llama of 260 thousand parameters trained on TinyStories, in eval mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def cifar_input(pixels: Tensor) -> Tensor:
+    """uint8 pixels as the ResNets were trained on: by ImageNet's means; channels last, which is faster on a CPU."""
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def digit_input(name: str) -> Callable[[Tensor], Tensor]:
+    """What makes uint8 pixels of 28×28 into the input of that MNIST network."""
+
+    def prepare(pixels: Tensor) -> Tensor:
+        x = (pixels.float() / 255 - 0.1307) / 0.3081
+        return F.interpolate(x, size=(32, 32), mode="bilinear") if name == "lenet5" else x
+
+    return prepare
 
 
 def _filled(net: M, state: Mapping[str, Tensor]) -> M:

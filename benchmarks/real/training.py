@@ -4,8 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,22 @@ Prepare = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the same seed, recipe and steps give the same result."""
+    """How to train. It ends with the steps or with the seconds, whichever is used up first.
+
+    The same seed and steps give the same result to the bit. Seconds are the fair budget between arms whose steps cost
+    differently, but how many steps they hold depends on the machine.
+    """
 
     lr: float
-    steps: int
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    steps: float = math.inf
+    seconds: float = math.inf
+    """CPU time, of this process alone."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
     weight_decay: float = 0.0
     warmup: float = 0.05
-    """Share of the steps during which the learning rate rises; after it, it falls to zero along half a cosine."""
+    """Share of the budget during which the learning rate rises; after it, it falls to zero along half a cosine."""
     norm: Literal["train", "eval"] = "eval"
     """BatchNorm by the statistics of the batch, which also moves the running ones, or by the running ones."""
-    seconds: float = math.inf
-    """Stop early after so much CPU time. The end then depends on the machine, and the rate does not reach zero."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +47,53 @@ class Run:
     """Seconds of CPU time."""
     wall: float
     """Seconds of the clock."""
-    loss: float
-    """Mean over the last tenth of the steps."""
+    losses: list[float]
+    """One for each step."""
 
 
-def train(model: nn.Module, parameters: Iterable[nn.Parameter], batches: Iterable[Batch], recipe: Recipe) -> Run:
+Loss = Callable[[nn.Module, Any], Tensor]
+"""The model and a batch → what is to become small."""
+
+
+def classification(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of logits (n, classes) with labels (n,)."""
+    x, labels = batch
+    return F.cross_entropy(model(x), labels)
+
+
+def train(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    batches: Iterable[Any],
+    recipe: Recipe,
+    loss_of: Loss = classification,
+) -> Run:
     """Train these parameters, and no others, on the batches; the model is left in eval mode.
 
     `requires_grad` of the parameters is the caller's business, so that an adapter's frozen base stays as it is.
     """
-    parameters = list(parameters)
-    optimizer = _optimizer(parameters, recipe)
+    if math.isinf(recipe.steps) and math.isinf(recipe.seconds):
+        raise ValueError("a recipe without an end: give it steps or seconds")
+    optimizer = _optimizer(list(parameters), recipe)
     set_mode(model, recipe.norm)
     losses: list[float] = []
+    endless = iter(batches)
+    first = next(endless)  # before the clock starts: reading the data is not the arm's work
     cpu, wall = time.process_time(), time.perf_counter()
-    for step, (x, labels) in enumerate(islice(batches, recipe.steps)):
+    for batch in chain([first], endless):
+        used = max((len(losses) + 1) / recipe.steps, (time.process_time() - cpu) / recipe.seconds)
+        if used > 1:
+            break
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * _schedule((step + 1) / recipe.steps, recipe.warmup)
+            group["lr"] = recipe.lr * _schedule(used, recipe.warmup)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels)
+        loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
-        if time.process_time() - cpu > recipe.seconds:
-            break
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     model.eval()
-    last = losses[-max(1, len(losses) // 10) :]
-    return Run(len(losses), cpu, wall, sum(last) / len(last))
+    return Run(len(losses), cpu, wall, losses)
 
 
 def set_mode(model: nn.Module, norm: Literal["train", "eval"]) -> None:
