@@ -12,7 +12,7 @@ from lorakit.errors import LorakitError
 from lorakit.evidence import Loss, Sources, gather
 from lorakit.patterns import Targets
 from lorakit.plan import Pattern, Plan, draw_up
-from lorakit.probe import ProbeReport, probe
+from lorakit.probe import ProbeReport, probe_with
 from lorakit.state import require
 from lorakit.targets import Place, RequestedMode
 from lorakit.variants import Variant
@@ -108,7 +108,7 @@ def attach(
     def check() -> None:
         args = () if isinstance(example, Mapping) else example if isinstance(example, tuple | list) else (example,)
         named = example if isinstance(example, Mapping) else {}
-        _check_effect(probe(model, *args, name=name, **named))
+        _check_effect(probe_with(model, args, named, name))
 
     add(model, name, report.variant, additions, trainable=True, check=None if example is None else check)
     if cautions:
