@@ -1,7 +1,7 @@
 """What attaching would do, as a value that prints as a table."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -145,7 +145,11 @@ def _extra(
     if train_rows is not None and not isinstance(train_rows, Mapping):
         raise LorakitError(f"train_rows={train_rows!r} must map patterns to rows, such as {{'embed': [7, 8]}}")
     for pattern, rows in (train_rows or {}).items():
+        if not isinstance(rows, Iterable):
+            raise LorakitError(f"train_rows={train_rows!r}: {rows!r} is no list of rows; give [{rows!r}]")
         for place in resolve(root, pattern, None, "auto"):
+            if (id(place.layer), place.kind.parameter) in extra:
+                raise LorakitError(f"{place.parameter!r} is selected twice by train_rows: name it once, with all rows")
             beside = isinstance(place.kind, CalledKind) and place.kind.takes == "indices"
             extra[id(place.layer), place.kind.parameter] = (
                 replace(place, mode="beside" if beside else "weight"),
