@@ -90,19 +90,21 @@ def _others_of_that_end(targets: Collection[str], model: nn.Module) -> list[str]
 
 
 def _whole_modules(header: Header, model: nn.Module) -> list[str]:
-    """The modules all of whose own parameters are trained as a whole.
+    """The modules that are trained as a whole, with all that they hold.
 
     Without those whose name is the end of another's: PEFT would take that for one of them. Of a module that is not
     listed it loads the values into the base, which computes the same.
     """
-    full: dict[str, set[str]] = {}
-    for entry in header.weights:
-        if isinstance(header.variant_of(entry), Full):
-            full.setdefault(entry.path, set()).add(entry.parameter)
+    full = {entry.name: entry.path for entry in header.weights if isinstance(header.variant_of(entry), Full)}
     whole = [
         path
-        for path, names in full.items()
-        if {name for name, p in model.get_submodule(path)._parameters.items() if p is not None} <= names
+        for path in dict.fromkeys(full.values())
+        if all(
+            ".".join(filter(None, (path, below, name))) in full
+            for below, module in layers_of(model.get_submodule(path))
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        )
     ]
     others = {name for name, _ in layers_of(model)} - set(whole)
     return [path for path in whole if not any(other.endswith(path) for other in others)]

@@ -92,6 +92,24 @@ def test_a_norm_whose_name_is_the_end_of_other_norms_is_read_by_peft(tmp_path):
     assert_close(read_by_peft(base, tmp_path / "a")(IDS)[0], model(IDS)[0])
 
 
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.body = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x + self.shift)
+
+
+def test_a_parameter_of_a_module_that_holds_layers_is_read_by_peft(tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 6), Shifted()), torch.randn(3, 6)
+    model = attached(copy.deepcopy(base), targets=FIRST, train_also="1.shift")
+    lk.save(model, tmp_path / "a")
+    assert_close(read_by_peft(base, tmp_path / "a")(x), model(x))
+
+
 @pytest.mark.parametrize("indices", [{"embed_tokens": [7, 8]}, [7, 8], {"embed_tokens": [7, 8], "lm_head": [7, 9]}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_of_tied_embeddings_that_peft_trained(tied, indices, tmp_path):
