@@ -234,3 +234,8 @@ def test_rows_that_would_be_lost_are_refused(rows, word):
     model = nn.Sequential(nn.Embedding(5, 4))
     with refused(model, word):
         lk.attach(model, lk.LoRA(rank=1), "0", train_rows=rows)
+
+
+def test_shared_matrices_of_absurd_sizes_are_refused_before_they_are_drawn():
+    with pytest.raises(lk.LorakitError, match="sizes"):
+        lk.VeRA(rank=1, sizes=(4, 2**31))
