@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, assert_same, attached, dense_lora, factors_of, picture, randomize, refused
-from kinds import mlp
+from models import mlp
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import attached, randomize, refused
-from kinds import mlp
+from models import mlp
 from torch import nn
 
 import lorakit as lk
