@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 _MANY = 128
 """Rows from which the gradient of B costs more than a copy of B."""
 
