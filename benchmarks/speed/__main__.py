@@ -56,8 +56,8 @@ def main() -> None:
     stored["scenarios"] = order
     STORE.write_text(json.dumps(stored, indent=1) + "\n")
     head = (
-        "# What adapters cost\n\nCPU time of one thread, arms interleaved in one process, least of several rounds, as ratios "
-        f"to the floor.\nLast run: {stored['machine']}. No GPU was at hand.\n"
+        "# What adapters cost\n\nCPU time of one thread, arms interleaved in one process, least of several rounds, as "
+        f"ratios to the floor.\nLast run: {stored['machine']}. No GPU was at hand.\n"
     )
     (HERE / "RESULTS.md").write_text(head + lines(order))
 

@@ -27,7 +27,7 @@ def step(model: nn.Module, x: Tensor, gradient: Tensor) -> Arm:
 
 
 def layer() -> Iterator[Result]:
-    """One linear layer, forward and backward. The floor: the frozen layer times 1 + 1.5·r·(1/d + 1/k), LoRA's arithmetic."""
+    """One linear layer, forward and backward. The floor has LoRA's own arithmetic in it: 1 + 1.5·r·(1/d + 1/k)."""
     for n in (10, 512, 4096):
         for d in (784, 1024):
             for rank in (1, 8, 64):
