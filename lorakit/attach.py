@@ -11,7 +11,7 @@ from lorakit.change import Addition, add, drop, drop_all
 from lorakit.errors import LorakitError
 from lorakit.evidence import Loss, Sources, gather
 from lorakit.patterns import Targets
-from lorakit.plan import Pattern, Plan, draw_up
+from lorakit.plan import ByPattern, Plan, draw_up
 from lorakit.probe import ProbeReport, probe_with
 from lorakit.state import require
 from lorakit.targets import Place, RequestedMode
@@ -26,8 +26,8 @@ def plan(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
-    ranks: Pattern | None = None,
-    alphas: Pattern | None = None,
+    ranks: ByPattern | None = None,
+    alphas: ByPattern | None = None,
     train_also: Targets | None = None,
     train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
@@ -43,8 +43,8 @@ def attach(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
-    ranks: Pattern | None = None,
-    alphas: Pattern | None = None,
+    ranks: ByPattern | None = None,
+    alphas: ByPattern | None = None,
     train_also: Targets | None = None,
     train_rows: Mapping[str, Sequence[int]] | None = None,
     data: Iterable[Any] | None = None,

@@ -93,7 +93,7 @@ class Plan:
         )
 
 
-Pattern = Mapping[str, float]
+ByPattern = Mapping[str, float]
 """{pattern: value}: what differs in the weights that a pattern selects."""
 
 
@@ -104,8 +104,8 @@ def draw_up(
     exclude: Targets | None,
     mode: RequestedMode,
     name: str,
-    ranks: Pattern | None = None,
-    alphas: Pattern | None = None,
+    ranks: ByPattern | None = None,
+    alphas: ByPattern | None = None,
     train_also: Targets | None = None,
     train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Plan, list[tuple[Place, Variant]]]:
@@ -163,7 +163,7 @@ def _extra(
 
 
 def _varied(
-    root: nn.Module, variants: list[Variant], places: list[Place], field: str, patterns: Pattern
+    root: nn.Module, variants: list[Variant], places: list[Place], field: str, patterns: ByPattern
 ) -> list[Variant]:
     """The variants with one hyper-parameter as the patterns have it; the last that matches a weight counts."""
     if not isinstance(patterns, Mapping):
