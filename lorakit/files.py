@@ -84,7 +84,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if path.exists() and not path.is_dir():
         raise LorakitError(f"cannot write {path}: it is a file; name a directory, or a file ending in .safetensors")
     write_whole(path / _TENSORS, content)
-    write_whole(path / _CONFIG, json.dumps(peft_config(header, root), indent=2).encode())
+    write_whole(path / _CONFIG, json.dumps(peft_config(header, root, tensors), indent=2).encode())
 
 
 def _entries(root: nn.Module, state: State, name: str) -> tuple[WeightEntry, ...]:

@@ -6,13 +6,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry, variant_to_json
 from lorakit.layers import TransposedLinear, kinds_of
 from lorakit.state import layers_of
-from lorakit.variants import VARIANTS, Full, Rows, Variant
+from lorakit.variants import VARIANTS, Full, Rows, Variant, VeRA
 
 # Fields of PEFT's configs that do not change what the tensors mean: where they came from, and where they were put,
 # which their keys say. Any other field that is set, and that the variant does not account for, is not understood.
@@ -30,8 +31,15 @@ _KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
 _PATTERNS = {"rank_pattern": ("r", "rank"), "alpha_pattern": ("lora_alpha", "alpha")}
 
 
-def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
-    """What PEFT, vLLM and llama.cpp ask of `adapter_config.json`."""
+_OURS_ALONE = "LORAKIT"
+"""The peft_type of what PEFT has no words for: it then says so, where it would load a part without a word."""
+
+
+def peft_config(header: Header, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What PEFT, vLLM and llama.cpp ask of `adapter_config.json`; a type unknown to them if they cannot have it all."""
+    reasons = _beyond_peft(header, model, tensors)
+    if reasons:
+        return {"peft_type": _OURS_ALONE, "reasons": reasons}
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     mine = header.variant.peft_fields()
     patterns: dict[str, dict[str, Any]] = {name: {} for name in _PATTERNS}
@@ -79,6 +87,49 @@ def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def _beyond_peft(header: Header, model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What of the adapter PEFT would refuse, or lose."""
+    variants = {entry.name: header.variant_of(entry) for entry in header.weights}
+    adapted = {entry.path for entry in header.weights if not isinstance(variants[entry.name], Full | Rows)}
+    kind = header.variant.peft_fields()["peft_type"]
+    reasons = [] if adapted else ["no layer has low-rank factors"]
+    for entry in header.weights:
+        variant = variants[entry.name]
+        if isinstance(variant, Full):
+            if entry.path in adapted:
+                reasons.append(f"{entry.name} is trained as a whole on a layer that has factors")
+        elif isinstance(variant, Rows):
+            reasons += [
+                f"rows of {entry.name} are trained {why}" for why in _rows_beyond(entry, variants, kind, model, tensors)
+            ]
+        elif entry.parameter != "weight" or entry.slices:
+            reasons.append(f"{entry.name} is no layer's whole weight")
+        elif kind == "ADALORA" and variant != header.variant:
+            reasons.append(f"{entry.name} has a rank or an alpha of its own")
+    if isinstance(header.variant, VeRA):
+        shapes = [entry.shape for entry in header.weights if entry.path in adapted and entry.shape is not None]
+        if header.variant != replace(header.variant, sizes=None).fit(shapes):
+            reasons.append(f"the shared matrices have sizes={header.variant.sizes}, not those of the largest weights")
+    return reasons
+
+
+def _rows_beyond(
+    entry: WeightEntry, variants: Mapping[str, Variant], kind: str, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Why PEFT cannot have these rows: it has them beside LoRA alone, and where weights are tied in all of the layers.
+
+    There the same indices are the same rows to it.
+    """
+    weight = model.get_submodule(entry.path)._parameters.get(entry.parameter)
+    tied = [(name, own) for name, m in layers_of(model) for own, p in m._parameters.items() if p is weight]
+    values: dict[Variant | None, list[Tensor]] = {}
+    for layer, own in tied:
+        key = f"{PREFIX}{layer}.{Rows.file_names['value']}"
+        values.setdefault(variants.get(f"{layer}.{own}"), []).append(tensors.get(key, torch.empty(0)))
+    alike = None not in values and all(torch.equal(each[0], v) for each in values.values() for v in each)
+    return [f"beside {kind}"] * (kind != "LORA") + ["apart from the weights tied to it"] * (not alike)
+
+
 def _others_of_that_end(targets: Collection[str], model: nn.Module) -> list[str]:
     """Modules that are no targets, which PEFT would take for some: it compares the ends of names."""
     wanted, found = set(targets), []
@@ -112,6 +163,8 @@ def _whole_modules(header: Header, model: nn.Module) -> list[str]:
 
 def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
     """Which fields of a config contradict the header it lies beside."""
+    if config.get("peft_type") == _OURS_ALONE:
+        return []
     known = {"bias": "none", **header.variant.peft_fields()}
     return [key for key, value in known.items() if config.get(key, value) != value] + [
         key for key, value in config.items() if value and key not in _UNDERSTOOD and key not in known
@@ -124,6 +177,8 @@ def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], p
     Raises:
         LorakitError: it is a method that is not known, or has parts that are not read; each is named.
     """
+    if config.get("peft_type") == _OURS_ALONE:
+        raise LorakitError(f"{path}: its tensors have lost the header that lorakit wrote into them; save it again")
     if "peft_type" not in config:
         raise LorakitError(f"{path}: its config has no 'peft_type', so what the tensors mean is not known")
     try:

@@ -110,6 +110,44 @@ def test_a_parameter_of_a_module_that_holds_layers_is_read_by_peft(tmp_path):
     assert_close(read_by_peft(base, tmp_path / "a")(x), model(x))
 
 
+BEYOND = {
+    "weights-by-name": ({"targets": ["2.weight", "1.0.weight"]}, lk.LoRA(rank=1), None),
+    "bias-of-an-adapted-layer": ({"targets": "0", "train_also": "0.bias"}, lk.LoRA(rank=1), "0.bias is trained"),
+    "rows-beside-loha": ({"targets": "0", "train_rows": {"2": [1]}}, lk.LoHa(rank=1), "beside LOHA"),
+    "own-rank-of-adalora": ({"ranks": {"0": 2}}, lk.AdaLoRA(rank=1), "of its own"),
+    "sizes": ({}, lk.VeRA(rank=2, sizes=(50, 50)), "sizes=(50, 50)"),
+    "whole-alone": ({"targets": "0"}, lk.Full(), "no layer has"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_what_peft_would_lose_a_part_of_it_refuses(case, tmp_path):
+    how, variant, reason = BEYOND[case]
+    base, x = nested(), torch.randn(2, 6)
+    model = attached(copy.deepcopy(base), variant, **how)
+    lk.save(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    if reason is None:  # a layer's own weight by its name: PEFT has the layer
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))
+        assert_close(theirs(x), model(x))
+    else:
+        assert reason in config["reasons"][0]
+        with pytest.raises(Exception, match="LORAKIT"):
+            peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))
+    lk.load(base, tmp_path / "a")
+    assert torch.equal(base(x), model(x))
+
+
+def test_rows_of_one_of_two_tied_weights_are_not_read_into_both(tmp_path):
+    base = llama(tie_word_embeddings=True)
+    model = attached(copy.deepcopy(base), targets="q_proj", train_rows={"embed_tokens": [7]})
+    lk.save(model, tmp_path / "a")
+    with pytest.raises(Exception, match="LORAKIT"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))
+    lk.load(base, tmp_path / "a")
+    assert torch.equal(base(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("indices", [{"embed_tokens": [7, 8]}, [7, 8], {"embed_tokens": [7, 8], "lm_head": [7, 9]}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_of_tied_embeddings_that_peft_trained(tied, indices, tmp_path):
