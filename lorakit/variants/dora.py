@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, dense_weight, in_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, accumulation_dtype, dense_weight, in_dtype
 from lorakit.variants.low_rank import LowRank, low_rank_arguments
 from lorakit.variants.starts import start
 from lorakit.variants.updates import check_dropout, dropped
@@ -96,7 +96,9 @@ class MagnitudeUpdate(Update):
     def _norms(self, weight: Tensor) -> Tensor:
         """‖W + s·B·A‖ of each row, (d,) or (E, d)."""
         inner = len(self.kind.matrix_shape(weight)) - 1
-        A, B = self.A.detach().flatten(inner), self.B.detach().flatten(inner) * self.scale
+        dtype = accumulation_dtype(self.A.dtype)  # a model cast to 16 bits has its factors so: their squares overflow
+        A, B = (factor.detach().to(dtype).flatten(inner) for factor in (self.A, self.B))
+        B = B * self.scale
         if weight.is_meta:  # a sketch, and autocast knows no such device
             return B.new_empty(B.shape[:-1])
         if self.kind.padding_idx is not None:
