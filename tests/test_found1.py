@@ -1,0 +1,79 @@
+"""Where a claim about a variant once failed; each test is the smallest case of it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import randomize
+from torch import nn
+
+import lorakit as lk
+
+
+@pytest.mark.parametrize("variant", [lk.LoRA(rank=2), lk.LoRA(rank=2, init="pissa"), lk.DoRA(rank=2)], ids=str)
+def test_inputs_that_are_not_contiguous_change_no_bit(variant, tmp_path):
+    """Of such inputs torch takes one kernel or another by whether the factor requires a gradient."""
+    model = nn.Sequential(nn.Linear(24, 20)).requires_grad_(False)
+    fresh, x = copy.deepcopy(model), torch.randn(7, 4, 24).transpose(0, 1)
+    before = model(x)
+    lk.attach(model, variant)
+    assert torch.equal(model(x), before)
+    randomize(model)
+    lk.save(model, tmp_path / "a")
+    lk.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_start_leaves_no_rank_that_could_never_train(init):
+    """A layer that begins at zero, or that was left out of quantization, gives singular values of zero."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    nn.init.zeros_(model[0].weight)
+    given = {"original": copy.deepcopy(model)} if init == "loftq" else {}
+    x = torch.randn(5, 8)
+    before = model(x)
+    lk.attach(model, lk.LoRA(rank=2, init=init), **given)
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    B = model[0].lora["weight"]["default"].B
+    assert (B.grad.abs().amax(0) > 0).all()
+
+
+def test_the_norms_of_dora_hold_in_a_model_cast_to_16_bits():
+    """A square above 65504 is infinity in float16, which made the rows zero."""
+    model = nn.Sequential(nn.Linear(64, 8)).requires_grad_(False)
+    model[0].weight.mul_(600)
+    lk.attach(model, lk.DoRA(rank=2))
+    model.half()
+    x = torch.randn(4, 64).half()
+    with lk.disabled(model):
+        base = model(x)
+    assert torch.allclose(model(x), base, rtol=5e-3, atol=1)
+
+
+def test_a_budget_takes_an_expert_that_had_no_input():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    lk.attach(model, lk.AdaLoRA(rank=2), targets=["0", "1"])
+    budget = lk.RankBudget(model, target=1, steps=4)
+    with pytest.raises(lk.LorakitError, match="backward"):
+        budget.step()
+    for _ in range(4):
+        model[0](torch.randn(2, 4)).square().sum().backward()
+        budget.step()
+
+
+def test_a_budget_forgets_a_gradient_that_overflowed():
+    """A GradScaler skips such a step; in the running means it would stay for ever."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    lk.attach(model, lk.AdaLoRA(rank=4))
+    budget = lk.RankBudget(model, target=2, steps=10, warmup=5)
+    update, scales = model[0].lora["weight"]["default"], torch.tensor([[0.0], [1.0], [2.0], [0.0]])
+    for step in range(10):
+        nn.init.constant_(update.E, 1)
+        for parameter in update.parameters():
+            parameter.grad = torch.full_like(parameter, math.inf if step == 0 else 0.0)
+        if step > 0:
+            update.E.grad = scales * step
+        budget.step()
+    assert update.E.flatten().tolist() == [0, 1, 1, 0]
