@@ -77,3 +77,24 @@ def test_a_budget_forgets_a_gradient_that_overflowed():
             update.E.grad = scales * step
         budget.step()
     assert update.E.flatten().tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "variant", [lk.LoRA(rank=2, init="pissa"), lk.LoRA(rank=2, init="olora"), lk.DoRA(rank=2), lk.Full()], ids=str
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_begins_as_the_weight_is_refused_where_that_is_not_finite(variant, value):
+    """It would change the output, and PiSSA ended in an error of torch's that names no layer."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight[0, 0] = value
+    with pytest.raises(lk.LorakitError, match=r"'0'.*NaN or infinity"):
+        lk.attach(model, variant)
+    assert not lk.adapters(model)
+
+
+def test_dora_refuses_norms_that_overflow():
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False))
+    model[0].weight.mul_(1e25)
+    with pytest.raises(lk.LorakitError, match="'0'.*norm"):
+        lk.attach(model, lk.DoRA(rank=2))

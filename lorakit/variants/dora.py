@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
+from lorakit.errors import LorakitError
 from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, accumulation_dtype, dense_weight, in_dtype
 from lorakit.variants.low_rank import LowRank, low_rank_arguments
 from lorakit.variants.starts import start
@@ -68,7 +69,10 @@ class MagnitudeUpdate(Update):
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         rest = B.shape[2:] if len(kind.matrix_shape(weight)) == 2 else ()
-        self.magnitude = nn.Parameter(self._norms(weight).view(*((1, -1, *rest) if rest else B.shape[:-1])))
+        norms = self._norms(weight)
+        if not norms.is_meta and not norms.isfinite().all():
+            raise LorakitError("the square of a row's norm is too large for its dtype; use another variant")
+        self.magnitude = nn.Parameter(norms.view(*((1, -1, *rest) if rest else B.shape[:-1])))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """g·(W + s·B·A) − W."""
