@@ -96,5 +96,5 @@ def test_what_begins_as_the_weight_is_refused_where_that_is_not_finite(variant, 
 def test_dora_refuses_norms_that_overflow():
     model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False))
     model[0].weight.mul_(1e25)
-    with pytest.raises(lk.LorakitError, match="'0'.*norm"):
+    with pytest.raises(lk.LorakitError, match=r"'0'.*norm"):
         lk.attach(model, lk.DoRA(rank=2))
