@@ -98,3 +98,15 @@ def test_dora_refuses_norms_that_overflow():
     model[0].weight.mul_(1e25)
     with pytest.raises(lk.LorakitError, match=r"'0'.*norm"):
         lk.attach(model, lk.DoRA(rank=2))
+
+
+@pytest.mark.parametrize("variant", [lk.VeRA(rank=3), lk.Rows((0, 2))], ids=str)
+def test_a_checkpoint_brings_a_model_from_meta(variant):
+    """What no file holds has to follow the tensors that are assigned."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    lk.attach(model, variant)
+    randomize(model)
+    other = copy.deepcopy(model).to("meta")
+    other.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(3, 4)
+    assert torch.equal(other(x), model(x))
