@@ -110,3 +110,26 @@ def test_a_checkpoint_brings_a_model_from_meta(variant):
     other.load_state_dict(model.state_dict(), assign=True)
     x = torch.randn(3, 4)
     assert torch.equal(other(x), model(x))
+
+
+class _TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_eva_sees_the_inputs_of_a_model_that_was_compiled_and_run():
+    """Compiled code looks for no new hooks."""
+    model, x = _TwoLayers().requires_grad_(False), torch.randn(9, 6)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager", fullgraph=True)
+    compiled(x)
+    for each in (model, compiled):
+        lk.attach(each, lk.LoRA(rank=2, init="eva"), data=[x])
+    assert torch.equal(compiled.b.lora["weight"]["default"].A, model.b.lora["weight"]["default"].A)
+    randomize(model)
+    randomize(compiled)
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
