@@ -69,6 +69,8 @@ class RankBudget:
         self.end = round(checked_number("target", target, above=0) * matrices)
         if self.end > self.begin:
             raise LorakitError(f"target={target!r} is above the rank that AdaLoRA began with")
+        if self.end == 0:
+            raise LorakitError(f"target={target!r} leaves no rank at all in {matrices} matrices; use a larger one")
         self.count = 0
         self._sensitivity: dict[tuple[int, str], Tensor] = {}
         self._uncertainty: dict[tuple[int, str], Tensor] = {}

@@ -133,3 +133,10 @@ def test_eva_sees_the_inputs_of_a_model_that_was_compiled_and_run():
     randomize(model)
     randomize(compiled)
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
+
+
+def test_a_budget_of_no_rank_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lk.attach(model, lk.AdaLoRA(rank=2))
+    with pytest.raises(lk.LorakitError, match="no rank"):
+        lk.RankBudget(model, target=0.1, steps=10)
