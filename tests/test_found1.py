@@ -140,3 +140,18 @@ def test_a_budget_of_no_rank_is_refused():
     lk.attach(model, lk.AdaLoRA(rank=2))
     with pytest.raises(lk.LorakitError, match="no rank"):
         lk.RankBudget(model, target=0.1, steps=10)
+
+
+@pytest.mark.parametrize("other", [lk.LoRA(rank=2), lk.LoHa(rank=2), lk.Full()], ids=str)
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.Conv1d(6, 8, 3, padding=1, groups=2)], ids=str)
+def test_dora_beside_the_call_rescales_the_base_alone(layer, other):
+    """What another adapter adds in the same weight is in the layer's output, and is none of its affair."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    x = torch.randn(2, 6, 6)
+    lk.attach(model, other, "0", mode="weight", name="other")
+    lk.attach(model, lk.DoRA(rank=2), "0", mode="beside", name="dora")
+    randomize(model)
+    lk.activate(model, {"other": 0.7, "dora": -1.3})
+    y = model(x)
+    with lk.merged(model):
+        assert torch.allclose(model(x), y, atol=1e-5)
