@@ -1,9 +1,10 @@
 # make demo: the digits experiment · make test: the tests · make check: lint and types · make tables: the README's table
+# make bench: what adapters cost, against the floor and PEFT (ONLY=switch for one scenario)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check tables clean
+.PHONY: demo test check tables bench clean
 
 demo: .venv/digits.stamp
 	$(BIN)/lorakit digits --out runs/digits
@@ -18,6 +19,9 @@ check: .venv/dev.stamp
 
 tables: .venv/dev.stamp
 	PYTHONPATH=tests $(BIN)/python -m pairs
+
+bench: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -12,8 +12,8 @@ from lorakit.errors import LorakitError
 from lorakit.evidence import Loss, Sources, gather
 from lorakit.layers import Update
 from lorakit.patterns import Targets
-from lorakit.plan import Pattern, Plan, draw_up
-from lorakit.probe import ProbeReport, probe
+from lorakit.plan import ByPattern, Plan, draw_up
+from lorakit.probe import ProbeReport, probe_with
 from lorakit.state import require
 from lorakit.targets import Place, RequestedMode
 from lorakit.variants import Variant
@@ -27,8 +27,8 @@ def plan(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
-    ranks: Pattern | None = None,
-    alphas: Pattern | None = None,
+    ranks: ByPattern | None = None,
+    alphas: ByPattern | None = None,
     train_also: Targets | None = None,
     train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
@@ -44,8 +44,8 @@ def attach(
     exclude: Targets | None = None,
     mode: RequestedMode = "auto",
     name: str = "default",
-    ranks: Pattern | None = None,
-    alphas: Pattern | None = None,
+    ranks: ByPattern | None = None,
+    alphas: ByPattern | None = None,
     train_also: Targets | None = None,
     train_rows: Mapping[str, Sequence[int]] | None = None,
     data: Iterable[Any] | None = None,
@@ -109,7 +109,7 @@ def attach(
     def check() -> None:
         args = () if isinstance(example, Mapping) else example if isinstance(example, tuple | list) else (example,)
         named = example if isinstance(example, Mapping) else {}
-        _check_effect(probe(model, *args, name=name, **named))
+        _check_effect(probe_with(model, args, named, name))
 
     add(model, name, report.variant, additions, trainable=True, check=None if example is None else check)
     if cautions:

@@ -40,6 +40,12 @@ def gather(sources: Sources, chosen: Chosen) -> list[Tensor | None]:
     Raises:
         LorakitError: it was not given, is empty, not finite, or does not reach a layer.
     """
+    needed = {variant.needs for _, variant in chosen}
+    given = {"data": sources.data, "loss": sources.loss, "original": sources.original}
+    uses = {"data": {"inputs", "gradients"}, "loss": {"inputs", "gradients"}, "original": {"original"}}
+    for name, value in given.items():
+        if value is not None and not uses[name] & needed:
+            raise LorakitError(f"{name}= has no use here: no weight's start is computed from it; leave it out")
     wanted: dict[Evidence, list[Place]] = {}
     for place, variant in chosen:
         if variant.needs is not None:

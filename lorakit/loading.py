@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lorakit.index import Index
 from lorakit.layers import CalledKind, Update, accumulation_dtype, check_read, stored_dtype, stored_tensors
 from lorakit.plan import Plan, plan_of
 from lorakit.targets import Place, place_of
-from lorakit.variants import Full, LowRank, Variant
+from lorakit.variants import Full, LowRank, Rows, Variant
 
 
 @torch.inference_mode(False)
@@ -33,15 +34,11 @@ def build_additions(
     if any(parameter.is_meta for parameter in root.parameters()):
         raise LorakitError(f"{where} cannot be loaded: the model is on 'meta'; give it values first")
     index = Index(root)
+    if not header.ours:
+        header = _with_tied_rows(index, header, left)
     if not header.weights:
         problems.append("it adapts no weight")
-    found: list[tuple[WeightEntry, Place]] = []
-    for entry in header.weights:
-        try:
-            found.append((entry, _place(index, header, entry)))
-        except LorakitError as error:
-            problems.append(str(error))
-            _forget(left, header, entry)
+    found = _found(index, header, left, problems)
     if found:
         shapes = [place.kind.matrix_shape(place.outline) for _, place in found]
         header = replace(header, variant=header.variant.fit(shapes))
@@ -65,6 +62,46 @@ def build_additions(
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
     return plan_of(root, header.variant, chosen, name), additions
+
+
+def _found(
+    index: Index, header: Header, left: dict[str, Tensor], problems: list[str]
+) -> list[tuple[WeightEntry, Place]]:
+    """The entries that have a place in this model, each a place of its own."""
+    found: list[tuple[WeightEntry, Place]] = []
+    owners: dict[tuple[int, str], str] = {}
+    for entry in header.weights:
+        try:
+            place = _place(index, header, entry)
+            # A weight has one update of an adapter: a second would take the place of the first.
+            first = owners.setdefault((id(place.layer), place.kind.parameter), entry.name)
+            if first != entry.name:
+                raise LorakitError(f"it holds {first!r} and {entry.name!r}, which are one and the same weight here")
+            found.append((entry, place))
+        except LorakitError as error:
+            problems.append(str(error))
+            _forget(left, header, entry)
+    return found
+
+
+def _with_tied_rows(index: Index, header: Header, tensors: dict[str, Tensor]) -> Header:
+    """PEFT trains rows of the input embedding in all that transformers ties to it too, and saves them once."""
+    model: Any = index.model
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return header
+    embedding = model.get_input_embeddings()
+    rows = [entry for entry in header.weights if isinstance(header.variant_of(entry), Rows)]
+    added = []
+    for entry in rows:
+        if index.ids.get(entry.path) != id(embedding):
+            continue
+        tied = {index.parameters[name][0]: name for name in index.tied(embedding, entry.parameter)}
+        for name in set(tied.values()) - {other.name for other in rows}:
+            path, _, parameter = name.rpartition(".")
+            added.append(replace(entry, path=path, parameter=parameter))
+            value = tensors[file_key(entry.path, entry.parameter, Rows.file_names["value"], False)]
+            tensors[file_key(path, parameter, Rows.file_names["value"], False)] = value
+    return replace(header, weights=(*header.weights, *added))
 
 
 def _place(index: Index, header: Header, entry: WeightEntry) -> Place:

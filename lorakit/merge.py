@@ -78,7 +78,7 @@ def merge(model: nn.Module, choice: Choice | None = None, *, dequantize: bool | 
         LorakitError: nothing to merge, or the result is not finite; the model is as it was.
     """
     root, state, strengths = _chosen(model, choice)
-    merged = _merge(root, strengths, dequantize)
+    merged = _merge(root, strengths, dequantize, report=True)
     dropped = tuple(name for name in state.variants if name not in strengths)
     owners = _owners(root)
     untied = tuple(site.name for site, _, _ in merged if owners.get(id(_parameter(site)), 1) > 1)
@@ -96,7 +96,7 @@ def merge(model: nn.Module, choice: Choice | None = None, *, dequantize: bool | 
             assert parameter is not None
             with torch.no_grad():
                 parameter.copy_(result)
-    report = MergeReport(tuple(row for _, _, row in merged), dropped, untied)
+    report = MergeReport(tuple(row for _, _, row in merged if row is not None), dropped, untied)
     _warn(report)
     return report
 
@@ -112,7 +112,7 @@ def merged(model: nn.Module, choice: Choice | None = None) -> Iterator[None]:
         LorakitError: nothing to merge, or the result is not finite; the model is as it was.
     """
     root, _, strengths = _chosen(model, choice)
-    merged = _merge(root, strengths)
+    merged = _merge(root, strengths, report=False)
     with bare(root):
         inside = [(site.layer, _attributes(site, result)) for site, result, _ in merged]
         aside = [(layer, {name: getattr(layer, name) for name in attributes}) for layer, attributes in inside]
@@ -159,9 +159,9 @@ def _chosen(model: nn.Module, choice: Choice | None) -> tuple[nn.Module, State, 
 
 @torch.no_grad()
 def _merge(
-    root: nn.Module, strengths: dict[str, float], dequantize: bool | torch.dtype = False
-) -> list[tuple[Site, Result, MergedWeight]]:
-    """Every merged weight, checked; nothing is changed yet."""
+    root: nn.Module, strengths: dict[str, float], dequantize: bool | torch.dtype = False, *, report: bool
+) -> list[tuple[Site, Result, MergedWeight | None]]:
+    """Every merged weight, checked, and if asked for what was lost; nothing is changed yet."""
     merged, bad = [], []
     for site in sites(root):
         names = [name for name in strengths if name in site.adapted]
@@ -174,9 +174,9 @@ def _merge(
         except LorakitError as error:
             raise LorakitError(f"cannot merge into {site.name!r}: {error}") from None
         dense = _dense(result)
-        if not (total.isfinite().all() and dense.isfinite().all()):
+        if not (_is_finite(total) and (dense is total or _is_finite(dense))):
             bad.append(site.name)
-        merged.append((site, result, _row(site.name, wide, total, dense)))
+        merged.append((site, result, _row(site.name, wide, total, dense) if report else None))
     if bad:
         raise LorakitError(f"merging {', '.join(map(repr, strengths))} gives NaN or infinity in {', '.join(bad)}")
     return merged
@@ -192,7 +192,7 @@ def _result(
     with torch.autocast(weight.device.type, enabled=False):
         for name in names:
             total = site.adapted[name].add_to(total, weight, strengths[name])
-    if not isinstance(kind, Foreign) or not total.isfinite().all():
+    if not isinstance(kind, Foreign) or not _is_finite(total):
         return wide, total, total.to(weight.dtype)
     if dequantize is False:
         return wide, total, requantized(site.layer, kind, total)
@@ -209,10 +209,15 @@ def _dense(result: Result) -> Tensor:
     return result.dense if isinstance(result, Requantized) else result.weight
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite. NaN and infinity pass on to a sum, so one pass tells; unless it overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def _row(name: str, wide: Tensor, total: Tensor, result: Tensor) -> MergedWeight:
     size = float((total - wide).norm())
     weight = float(wide.norm())
-    lost = float((result.to(total.dtype) - total).norm())
+    lost = 0.0 if result is total else float((result.to(total.dtype) - total).norm())
     return MergedWeight(name, size / weight if weight else float("inf"), lost / size if size else 0.0)
 
 

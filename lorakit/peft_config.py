@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry, variant_to_json
 from lorakit.layers import TransposedLinear, kinds_of
+from lorakit.state import layers_of
 from lorakit.variants import VARIANTS, Full, Rows, Variant
 
 # Fields of PEFT's configs that do not change what the tensors mean: where they came from, and where they were put,
@@ -39,16 +40,22 @@ def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
         theirs = header.variant_of(entry).peft_fields()
         for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha")):
             if theirs.get(key) != mine.get(key):
-                patterns[pattern][re.escape(entry.path)] = theirs[key]
+                # PEFT matches the ends of names: without ^, "conv1" would be "layer1.0.conv1" too.
+                patterns[pattern]["^" + re.escape(entry.path)] = theirs[key]
+    targets = [entry.path if entry.parameter == "weight" else entry.name for entry in adapted]
     config = {
         "task_type": None,
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": base if isinstance(base, str) else None,
         "revision": None,
         **mine,
-        "target_modules": [entry.path if entry.parameter == "weight" else entry.name for entry in adapted],
+        "target_modules": targets,
         "inference_mode": True,
     }
+    if others := _others_of_that_end(targets, model):
+        # As regular expressions, which PEFT matches in full. Its VeRA cannot exclude, and few but PEFT read it.
+        key, names = ("target_modules", targets) if mine["peft_type"] == "VERA" else ("exclude_modules", others)
+        config[key] = "|".join(map(re.escape, names))
     if "r" in mine and mine["peft_type"] != "VERA":
         config |= patterns
     if "lora_alpha" in mine:
@@ -72,17 +79,35 @@ def peft_config(header: Header, model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def _others_of_that_end(targets: Collection[str], model: nn.Module) -> list[str]:
+    """Modules that are no targets, which PEFT would take for some: it compares the ends of names."""
+    wanted, found = set(targets), []
+    for name in dict.fromkeys(name for name, _ in layers_of(model)):
+        ends = (name.split(".", i)[-1] for i in range(1, name.count(".") + 1))
+        if name not in wanted and any(end in wanted for end in ends):
+            found.append(name)
+    return found
+
+
 def _whole_modules(header: Header, model: nn.Module) -> list[str]:
-    """The modules all of whose own parameters are trained as a whole."""
-    full: dict[str, set[str]] = {}
-    for entry in header.weights:
-        if isinstance(header.variant_of(entry), Full):
-            full.setdefault(entry.path, set()).add(entry.parameter)
-    return [
+    """The modules that are trained as a whole, with all that they hold.
+
+    Without those whose name is the end of another's: PEFT would take that for one of them. Of a module that is not
+    listed it loads the values into the base, which computes the same.
+    """
+    full = {entry.name: entry.path for entry in header.weights if isinstance(header.variant_of(entry), Full)}
+    whole = [
         path
-        for path, names in full.items()
-        if {name for name, p in model.get_submodule(path)._parameters.items() if p is not None} <= names
+        for path in dict.fromkeys(full.values())
+        if all(
+            ".".join(filter(None, (path, below, name))) in full
+            for below, module in layers_of(model.get_submodule(path))
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        )
     ]
+    others = {name for name, _ in layers_of(model)} - set(whole)
+    return [path for path in whole if not any(other.endswith(path) for other in others)]
 
 
 def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
@@ -124,8 +149,8 @@ def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], p
     endings = [(key, "." + name) for name in names for key in tensors if key.endswith("." + name)]
     paths = sorted({key.removeprefix(PREFIX).removesuffix(ending) for key, ending in endings})
     entries = [_entry(layer, "weight", _own(variant, config, layer, path)) for layer in paths]
-    entries += _extra_entries(config, set(tensors) - {key for key, _ in endings}, path)
-    return Header(path.name, variant, tuple(entries), ours=False)
+    entries += _extra_entries(config, set(tensors) - {key for key, _ in endings} - {*variant.shared_names}, path)
+    return Header(path.absolute().name, variant, tuple(entries), ours=False)
 
 
 def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:

@@ -1,7 +1,7 @@
 """What attaching would do, as a value that prints as a table."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -93,7 +93,7 @@ class Plan:
         )
 
 
-Pattern = Mapping[str, float]
+ByPattern = Mapping[str, float]
 """{pattern: value}: what differs in the weights that a pattern selects."""
 
 
@@ -104,8 +104,8 @@ def draw_up(
     exclude: Targets | None,
     mode: RequestedMode,
     name: str,
-    ranks: Pattern | None = None,
-    alphas: Pattern | None = None,
+    ranks: ByPattern | None = None,
+    alphas: ByPattern | None = None,
     train_also: Targets | None = None,
     train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Plan, list[tuple[Place, Variant]]]:
@@ -145,7 +145,11 @@ def _extra(
     if train_rows is not None and not isinstance(train_rows, Mapping):
         raise LorakitError(f"train_rows={train_rows!r} must map patterns to rows, such as {{'embed': [7, 8]}}")
     for pattern, rows in (train_rows or {}).items():
+        if not isinstance(rows, Iterable):
+            raise LorakitError(f"train_rows={train_rows!r}: {rows!r} is no list of rows; give [{rows!r}]")
         for place in resolve(root, pattern, None, "auto"):
+            if (id(place.layer), place.kind.parameter) in extra:
+                raise LorakitError(f"{place.parameter!r} is selected twice by train_rows: name it once, with all rows")
             beside = isinstance(place.kind, CalledKind) and place.kind.takes == "indices"
             extra[id(place.layer), place.kind.parameter] = (
                 replace(place, mode="beside" if beside else "weight"),
@@ -159,7 +163,7 @@ def _extra(
 
 
 def _varied(
-    root: nn.Module, variants: list[Variant], places: list[Place], field: str, patterns: Pattern
+    root: nn.Module, variants: list[Variant], places: list[Place], field: str, patterns: ByPattern
 ) -> list[Variant]:
     """The variants with one hyper-parameter as the patterns have it; the last that matches a weight counts."""
     if not isinstance(patterns, Mapping):

@@ -1,6 +1,6 @@
 """Proof that an adapter acts: change each update in turn and watch the model's output."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
@@ -50,7 +50,6 @@ class ProbeReport:
         )
 
 
-@torch.no_grad()
 def probe(model: nn.Module, *inputs: Any, name: str | None = None, **named_inputs: Any) -> ProbeReport:
     """Run the model on inputs in train and in eval mode, and say for each adapted weight whether its update acts.
 
@@ -69,6 +68,14 @@ def probe(model: nn.Module, *inputs: Any, name: str | None = None, **named_input
     Raises:
         LorakitError: no such adapter, or the model returns no tensor.
     """
+    return probe_with(model, inputs, named_inputs, name)
+
+
+@torch.no_grad()
+def probe_with(
+    model: nn.Module, inputs: Sequence[Any], named_inputs: Mapping[str, Any], name: str | None
+) -> ProbeReport:
+    """`probe` for a model whose forward has an argument that is called as one of `probe`'s own."""
     root, state = require(model, None if name is None else [name])
     if name is None and len(state.selection.active) == 1:
         name = state.selection.active[0][0]

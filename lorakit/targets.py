@@ -118,6 +118,8 @@ def wholes(model: nn.Module, patterns: Targets) -> list[Place]:
         for key, parameter in matches(index, pattern):
             below = [("", index.modules[key])] if parameter is not None else layers_of(index.modules[key])
             for module in {id(module): module for _, module in below}.values():
+                if id(module) in index.scripted and has_parameters(module):
+                    raise _scripted(index, id(module))
                 for own in [parameter] if parameter is not None else list(parameter_names(module)):
                     kind = _kind_named(module, own, whole=True)
                     if kind.slices:

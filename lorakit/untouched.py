@@ -10,13 +10,21 @@ from torch import Tensor, nn
 
 @contextmanager
 def spare_buffers(root: nn.Module) -> Iterator[None]:
-    """Let the model write into copies of its buffers: running statistics and the like stay as they were."""
+    """Let the model write into copies of its buffers: running statistics and the like stay as they were.
+
+    So do the weights of embeddings with `max_norm`.
+    """
     with ExitStack() as aside:
         for module in root.modules():
-            copies = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+            copies = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+            rescales = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+            weight = module._parameters.get("weight") if rescales else None
+            if weight is not None:  # torch writes into the rows that are looked up, past autograd
+                aside.callback(weight.data.copy_, weight.detach().clone())
             if isinstance(module, torch.jit.ScriptModule):  # its buffers lie where Python cannot swap them
                 for name, copy in copies.items():
-                    aside.callback(cast(Tensor, module._buffers[name]).copy_, copy)
+                    if copy is not None:
+                        aside.callback(cast(Tensor, module._buffers[name]).copy_, copy)
             else:
                 aside.enter_context(swapped(module._buffers, copies))
         yield

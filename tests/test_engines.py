@@ -20,7 +20,8 @@ from helpers import (
     run,
     run_everywhere,
 )
-from kinds import CASES, mlp, over_cases
+from kinds import CASES, over_cases
+from models import mlp
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, attached, randomize, run
-from kinds import CASES, mlp
+from kinds import CASES
+from models import mlp
 from torch import nn
 
 import lorakit as lk

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, attached, picture, refused
-from kinds import Reader
+from models import Reader
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -17,7 +17,8 @@ from helpers import (
     refused,
     run_everywhere,
 )
-from kinds import LORAS, mlp, over_pairs, over_pairs_and_dtypes
+from kinds import LORAS, over_pairs, over_pairs_and_dtypes
+from models import mlp
 from torch import nn
 
 import lorakit as lk

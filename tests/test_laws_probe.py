@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_same, attached, picture, refused
-from kinds import mlp
+from models import mlp
 from torch import nn
 from torch.nn import functional as F
 

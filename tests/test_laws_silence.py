@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import assert_close, attached, randomize, refused
-from kinds import mlp
+from models import mlp
 from torch import nn
 
 import lorakit as lk

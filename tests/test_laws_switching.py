@@ -21,7 +21,8 @@ from helpers import (
     run_everywhere,
     scale_of,
 )
-from kinds import LORAS, Tied, mlp, over_cases, over_dtypes, shared
+from kinds import LORAS, over_cases, over_dtypes
+from models import Tied, mlp, shared
 from torch import nn
 
 import lorakit as lk

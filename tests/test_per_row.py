@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, attach, attached, randomize, refused, run
-from kinds import CASES, VARIANTS, mlp, refusal
+from kinds import CASES, VARIANTS, refusal
+from models import mlp
 from torch import nn
 
 import lorakit as lk

@@ -7,7 +7,8 @@ import numpy
 import pytest
 import torch
 from helpers import assert_same, picture, refused
-from kinds import Experts, mlp, over_cases, over_loras
+from kinds import over_cases, over_loras
+from models import Experts, mlp
 from torch import nn
 
 import lorakit as lk

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from helpers import assert_same, picture, refused
-from kinds import CASES, Case, Reader, Tied, mlp
+from kinds import CASES, Case
+from models import Reader, Tied, mlp
 from torch import nn
 
 import lorakit as lk

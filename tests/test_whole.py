@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers import REGIMES, assert_close, assert_same, attached, picture, randomize, refused
-from kinds import CrossAttention, PaddedEncoder, SelfAttention, decoder, encoder, projected_lstm, sentences
+from models import CrossAttention, PaddedEncoder, SelfAttention, decoder, encoder, projected_lstm, sentences
 from torch import Tensor, nn
 from torch.nn import functional as F
 

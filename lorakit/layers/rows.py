@@ -19,14 +19,15 @@ def by_row(
     """
     names = adapted.selection.rows
     assert names is not None
+    acting = [name for name in dict.fromkeys(names) if name is not None and name in adapted and adapted[name].enabled]
+    if not acting:
+        return y
     if not kind.has_rows(layer, base) or base.shape[0] != len(names):
         raise LorakitError(
             f"a {type(layer).__name__} returned {tuple(base.shape)}, where per_row was given {len(names)} rows: its "
             "first axis must be the batch; run each adapter's rows apart with active(...)"
         )
-    for name in dict.fromkeys(names):
-        if name is None or name not in adapted or not adapted[name].enabled:
-            continue
+    for name in acting:
         update = adapted[name]
         index = torch.tensor([i for i, each in enumerate(names) if each == name], device=y.device)
         if _sliceable(inputs, len(names)):

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_MANY = 128
+"""Rows from which the gradient of B costs more than a copy of B."""
+
 
 def add_thin_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Y + scale·(x·Aᵀ)·Bᵀ for x: (..., k) and y: (..., d)."""
@@ -13,5 +16,11 @@ def add_thin_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -
     h = F.linear(x.contiguous(), A)  # (..., r)
     if h.dtype != y.dtype or y.is_nested:
         return y + (F.linear(h, B) * scale).to(y.dtype)
+    h = h.reshape(-1, h.shape[-1])
+    Bt = B.t()  # (r, d)
+    if len(h) >= _MANY and B.requires_grad and torch.is_grad_enabled():
+        # The gradient of a matrix that lies in memory as (r, d) is computed as hᵀ·g, and as (gᵀ·h)ᵀ where it lies
+        # transposed, which is many times slower for a small r. The copy is worth it where rows are many.
+        Bt = Bt.contiguous()
     # One pass over y: the product, the scale and the sum in a single kernel.
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale).view(y.shape)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h, Bt, alpha=scale).view(y.shape)

@@ -45,11 +45,13 @@ def start(spec: LowRank, kind: Kind, weight: Tensor, evidence: Tensor | None, *,
         )
     if spec.init in (*FROM_VALUES, "loftq", "eva"):
         _check_rank(spec, kind, weight)
-        if not weight.is_meta:
-            matrices = _computed(spec, kind, weight, evidence, dtype)
-            for factor, matrix in zip((A, B), matrices, strict=True):
-                if matrix is not None:
-                    factor.copy_(matrix.reshape(factor.shape))
+    if weight.is_meta:
+        return Start(A, B)
+    if spec.init in (*FROM_VALUES, "loftq", "eva"):
+        matrices = _computed(spec, kind, weight, evidence, dtype)
+        for factor, matrix in zip((A, B), matrices, strict=True):
+            if matrix is not None:
+                factor.copy_(matrix.reshape(factor.shape))
         return Start(A, B)
     # B·A = 0, so nothing changes. Of a look-up it is A that begins at zero, one column for each index: what is
     # never looked up in training then stays as it was.
@@ -69,8 +71,6 @@ def start(spec: LowRank, kind: Kind, weight: Tensor, evidence: Tensor | None, *,
 
 def _orthonormal(like: Tensor) -> Tensor:
     """Random matrices of this shape with orthonormal rows, or columns where there are fewer of them."""
-    if like.is_meta:
-        return like
     rows, columns = like.shape[-2:]
     Q, R = torch.linalg.qr(like.new_empty((*like.shape[:-2], max(rows, columns), min(rows, columns))).normal_())
     Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over all such matrices

@@ -50,7 +50,7 @@ class VeRA(Variant):
         object.__setattr__(self, "d_initial", checked_number("d_initial", self.d_initial))
         if self.sizes is not None:
             d, k = self.sizes
-            sizes = (checked_integer("sizes", d, 1, 2**31), checked_integer("sizes", k, 1, 2**31))
+            sizes = (checked_integer("sizes", d, 1, 2**24), checked_integer("sizes", k, 1, 2**24))
             object.__setattr__(self, "sizes", sizes)
 
     def fit(self, shapes: Sequence[tuple[int, ...]]) -> "VeRA":

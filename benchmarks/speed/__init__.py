@@ -1,0 +1,1 @@
+"""What adapters cost in time, beside the frozen floor, full fine-tuning and other libraries."""
