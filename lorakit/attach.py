@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorakit.change import Addition, add, drop, drop_all
 from lorakit.errors import LorakitError
 from lorakit.evidence import Loss, Sources, gather
+from lorakit.layers import Update
 from lorakit.patterns import Targets
 from lorakit.plan import ByPattern, Plan, draw_up
 from lorakit.probe import ProbeReport, probe_with
@@ -96,7 +97,7 @@ def attach(
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
         evidence = gather(Sources(model, data, loss, original), chosen)
         additions = [
-            Addition(place.layer, place.kind, mine.build(place.kind, _given(place, mine), place.mode, seen), mine)
+            Addition(place.layer, place.kind, _built(place, mine, seen), mine)
             for (place, mine), seen in zip(chosen, evidence, strict=True)
         ]
     cautions = [
@@ -126,9 +127,15 @@ def _check_effect(report: ProbeReport) -> None:
     )
 
 
-def _given(place: Place, variant: Variant) -> Tensor:
-    """What a variant builds from. A quantized weight is only dequantized for one that looks at its values."""
-    return place.weight if variant.reads_weight else place.outline
+def _built(place: Place, variant: Variant, evidence: Tensor | None) -> Update:
+    """The update for one weight. A quantized one is only dequantized for a variant that looks at its values."""
+    weight = place.weight if variant.reads_weight else place.outline
+    if variant.reads_weight and not weight.is_meta and not weight.isfinite().all():
+        raise LorakitError(f"at {place.label!r}: the weight holds NaN or infinity; nothing can start from it")
+    try:
+        return variant.build(place.kind, weight, place.mode, evidence)
+    except LorakitError as error:
+        raise LorakitError(f"at {place.label!r}: {error}") from None
 
 
 def detach(model: nn.Module) -> None:

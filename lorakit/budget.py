@@ -69,6 +69,8 @@ class RankBudget:
         self.end = round(checked_number("target", target, above=0) * matrices)
         if self.end > self.begin:
             raise LorakitError(f"target={target!r} is above the rank that AdaLoRA began with")
+        if self.end == 0:
+            raise LorakitError(f"target={target!r} leaves no rank at all in {matrices} matrices; use a larger one")
         self.count = 0
         self._sensitivity: dict[tuple[int, str], Tensor] = {}
         self._uncertainty: dict[tuple[int, str], Tensor] = {}
@@ -98,12 +100,14 @@ class RankBudget:
         """Note the gradients of this step, and prune if it is time."""
         self.count += 1
         last = self.steps - self.final
+        if self.count < last:
+            self._note()
+        if not self._sensitivity:  # no gradient was finite yet
+            return
         if self.count >= last:
             self._final = self._final or self._most_important(self.end)
             self._prune(self._final)
-            return
-        self._note()
-        if self.count > self.warmup and self.count % self.every == 0:
+        elif self.count > self.warmup and self.count % self.every == 0:
             self._prune(self._most_important(self.budget(self.count)))
 
     def ranks(self) -> dict[str, int]:
@@ -113,16 +117,20 @@ class RankBudget:
 
     def _note(self) -> None:
         first, second = self.smoothing
-        for i, update in enumerate(self._updates):
-            for name, parameter in update.named_parameters():
-                if parameter.grad is None:
-                    raise LorakitError(f"{self.sites[i].name!r} has no gradient: call step() after backward()")
-                seen = (parameter * parameter.grad).abs()
-                smooth = self._sensitivity.get((i, name), torch.zeros_like(seen))
-                smooth = first * smooth + (1 - first) * seen
-                unsure = self._uncertainty.get((i, name), torch.zeros_like(seen))
-                self._uncertainty[i, name] = second * unsure + (1 - second) * (seen - smooth).abs()
-                self._sensitivity[i, name] = smooth
+        trained = {(i, name): p for i, update in enumerate(self._updates) for name, p in update.named_parameters()}
+        gradients = [p.grad for p in trained.values() if p.grad is not None]
+        if not gradients:
+            raise LorakitError(f"adapter {self.name!r} has no gradient: call step() after backward()")
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            return  # an overflow, for which a GradScaler skips the step; noted, it would stay for ever
+        for key, parameter in trained.items():
+            # An expert that no input of this batch chose has no gradient.
+            seen = torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs()
+            smooth = self._sensitivity.get(key, torch.zeros_like(seen))
+            smooth = first * smooth + (1 - first) * seen
+            unsure = self._uncertainty.get(key, torch.zeros_like(seen))
+            self._uncertainty[key] = second * unsure + (1 - second) * (seen - smooth).abs()
+            self._sensitivity[key] = smooth
 
     def _most_important(self, count: int) -> list[Tensor]:
         """For each weight, which of its ranks are among the so many most important of all; shaped as E."""

@@ -73,6 +73,7 @@ def _inputs(sources: Sources, places: list[Place], ranks: list[int]) -> list[Ten
         return hook
 
     with ExitStack() as hooked, torch.no_grad():
+        hooked.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code looks for no new hooks
         for place, principal in zip(places, found, strict=True):
             handle = place.layer.register_forward_pre_hook(note(principal), with_kwargs=True)
             hooked.callback(handle.remove)

@@ -7,7 +7,7 @@ whatever the number of layers and of resident adapters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, final
 
@@ -77,6 +77,16 @@ class Update(nn.Module, ABC):
             if name in self._parameters:
                 tensor = nn.Parameter(tensor)
             setattr(self, name, tensor)
+        self.place()
+
+    def place(self) -> None:
+        """Make anew what no file holds, where the other tensors now are. Called when they were moved or replaced."""
+
+    @final
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Update":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.place()
+        return self
 
     @final
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -85,6 +95,7 @@ class Update(nn.Module, ABC):
         # On `meta` there is nothing to leave alone: what a checkpoint lacks would never get values.
         if any(key.startswith(prefix) for key in state_dict) or any(p.is_meta for p in self.parameters()):
             super()._load_from_state_dict(state_dict, prefix, *rest)
+            self.place()
 
 
 class _Children(nn.Module):

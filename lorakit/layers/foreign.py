@@ -54,7 +54,7 @@ class Foreign(LastAxisKind):
     def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
         """x·Wᵀ; x: (..., in)."""
         self._check(layer, inputs[0], y)
-        return F.linear(inputs[0], weight)
+        return F.linear(inputs[0].contiguous(), weight)  # as in `add_thin_product`
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Adapters
-from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype
+from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype, in_dtype
 from lorakit.layers.rows import by_row
 from lorakit.layers.severed import guarded
 
@@ -110,9 +110,20 @@ def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
             y = output = guarded(layer, inputs, output)
         if by_rows:
             y = by_row(layer, kind, adapted, inputs, output, y)
+        base = _base_output(layer, kind, adapted, inputs, output)
         for update, strength in acting:
-            y = update.beside(layer, inputs, output, y, strength)
+            y = update.beside(layer, inputs, base, y, strength)
     return y
+
+
+def _base_output(layer: nn.Module, kind: CalledKind, adapted: AdaptedWeight, inputs: Inputs, output: Any) -> Any:
+    """What the layer returned, less what updates in the same weight gave to it: each is defined on the base alone."""
+    base = output
+    for update, strength in adapted.acting("weight"):
+        delta = update.delta_weight(base_weight(layer, kind.parameter))
+        change = kind.call(layer, in_dtype(kind, inputs, delta.dtype), output, delta)
+        base = base - (change * strength).to(base.dtype)
+    return base
 
 
 def _inputs(kind: CalledKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:

@@ -50,7 +50,7 @@ class Linear(LastAxisKind):
 
     def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
         """x·Wᵀ; x: (..., in)."""
-        return F.linear(inputs[0], weight)
+        return F.linear(inputs[0].contiguous(), weight)  # as in `add_thin_product`
 
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""

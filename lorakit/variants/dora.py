@@ -7,7 +7,8 @@ from typing import Any, ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, dense_weight, in_dtype
+from lorakit.errors import LorakitError
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, accumulation_dtype, dense_weight, in_dtype
 from lorakit.variants.low_rank import LowRank, low_rank_arguments
 from lorakit.variants.starts import start
 from lorakit.variants.updates import check_dropout, dropped
@@ -68,7 +69,10 @@ class MagnitudeUpdate(Update):
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         rest = B.shape[2:] if len(kind.matrix_shape(weight)) == 2 else ()
-        self.magnitude = nn.Parameter(self._norms(weight).view(*((1, -1, *rest) if rest else B.shape[:-1])))
+        norms = self._norms(weight)
+        if not norms.is_meta and not norms.isfinite().all():
+            raise LorakitError("the square of a row's norm is too large for its dtype; use another variant")
+        self.magnitude = nn.Parameter(norms.view(*((1, -1, *rest) if rest else B.shape[:-1])))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """g·(W + s·B·A) − W."""
@@ -96,7 +100,9 @@ class MagnitudeUpdate(Update):
     def _norms(self, weight: Tensor) -> Tensor:
         """‖W + s·B·A‖ of each row, (d,) or (E, d)."""
         inner = len(self.kind.matrix_shape(weight)) - 1
-        A, B = self.A.detach().flatten(inner), self.B.detach().flatten(inner) * self.scale
+        dtype = accumulation_dtype(self.A.dtype)  # a model cast to 16 bits has its factors so: their squares overflow
+        A, B = (factor.detach().to(dtype).flatten(inner) for factor in (self.A, self.B))
+        B = B * self.scale
         if weight.is_meta:  # a sketch, and autocast knows no such device
             return B.new_empty(B.shape[:-1])
         if self.kind.padding_idx is not None:

@@ -1,6 +1,6 @@
 """Whole weights and rows of them, trained beside low-rank updates: biases, norms, heads, new tokens of an embedding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, final
 
@@ -141,16 +141,6 @@ class RowsUpdate(Update):
         result: Tensor = y + (update * strength).to(y.dtype)
         return result
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the rows' values, and their indices to that device."""
-        super().restore(tensors)
-        self._place_rows()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowsUpdate":
-        # `.to_empty()` leaves no values in a buffer that no checkpoint holds.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._place_rows()
-        return self
-
-    def _place_rows(self) -> None:
+    def place(self) -> None:
+        """The rows' indices: no checkpoint holds them, and `.to_empty()` leaves no values in them."""
         self.rows = torch.tensor(self._spec.rows, device=self.value.device)

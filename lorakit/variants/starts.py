@@ -111,8 +111,10 @@ def _computed(
         assert evidence is not None
         W = kind.matrix_of(evidence.detach()).to(dtype) - W
     U, values, Vh = torch.linalg.svd(W, full_matrices=False)  # Meng et al. 2024, arXiv:2404.02948, §3
-    root = (values[..., :r] / spec.scale).sqrt()
-    return root.unsqueeze(-1) * Vh[..., :r, :], U[..., :, :r] * root.unsqueeze(-2)
+    live = values[..., :r] > torch.finfo(dtype).eps * values[..., :1]
+    root = torch.where(live, values[..., :r] / spec.scale, 0).sqrt()
+    # With both factors at zero a rank would never get a gradient: where W has no such direction, B alone is.
+    return root.where(live, 1).unsqueeze(-1) * Vh[..., :r, :], U[..., :, :r] * root.unsqueeze(-2)
 
 
 _HOW = {

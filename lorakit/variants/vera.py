@@ -1,7 +1,7 @@
 """VeRA: W' = W + diag(b)·B·diag(d)·A; A and B are random and shared (Kopiczko et al. 2023, arXiv:2310.11454)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast, final
 from weakref import WeakValueDictionary
@@ -127,25 +127,15 @@ class SharedFactorsUpdate(FactoredUpdate):
         self.b = nn.Parameter(torch.zeros((*stack, self._d), dtype=dtype, device=weight.device))
         for name in "AB":
             self.register_buffer(name, None, persistent=False)
-        self._share()
+        self.place()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """diag(d)·A and diag(b)·B."""
         A, B = self.d.unsqueeze(-1) * self.A, self.b.unsqueeze(-1) * self.B
         return A.view(self._a_shape), B.view(self._b_shape)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take d and b, and the shared matrices to their device."""
-        super().restore(tensors)
-        self._share()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SharedFactorsUpdate":
-        # `.to()` copies each buffer alone: the copies are given up for views of one matrix there.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._share()
-        return self
-
-    def _share(self) -> None:
+    def place(self) -> None:
+        """A and B: `.to()` copies each buffer alone, and the copies are given up for views of one matrix there."""
         A, B = _shared(self._spec, self.d.dtype, self.d.device)
         self.A, self.B = A[:, : self._k], B[: self._d]
 
