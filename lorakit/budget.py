@@ -1,6 +1,7 @@
 """AdaLoRA's budget: ranks are pruned in training by their importance (Zhang et al. 2023, arXiv:2303.10512, §3.2)."""
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,24 @@ class RankBudget:
         """How many ranks each weight has left."""
         updates = zip(self.sites, self._updates, strict=True)
         return {site.name: int(update.E.count_nonzero()) for site, update in updates}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on: the step, the running means, and which ranks are left at the end."""
+        means = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
+        return {"count": self.count, "final": list(self._final), **{name: dict(mean) for name, mean in means.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; the arguments must be the same."""
+        like = {(i, name): p for i, update in enumerate(self._updates) for name, p in update.named_parameters()}
+        means = [state["sensitivity"], state["uncertainty"]]
+        if any(
+            mean and {key: t.shape for key, t in mean.items()} != {k: p.shape for k, p in like.items()}
+            for mean in means
+        ):
+            raise LorakitError(f"the state is of another adapter than {self.name!r}: its tensors have other shapes")
+        self.count = checked_integer("count", state["count"], at_least=0, at_most=2**62)
+        self._sensitivity, self._uncertainty = ({key: t.to(like[key]) for key, t in mean.items()} for mean in means)
+        self._final = [mask.to(self._updates[0].E.device) for mask in state["final"]]
 
     def _note(self) -> None:
         first, second = self.smoothing

@@ -234,6 +234,38 @@ def test_the_rank_budget_prunes_as_peft_s_does(every):
     assert left[-5:] == [4] * 5
 
 
+def test_the_rank_budget_goes_on_from_a_checkpoint():
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(16, 6)
+    lk.attach(model, lk.AdaLoRA(rank=4))
+    other = copy.deepcopy(model)
+
+    def train(model, budget, steps):
+        for _ in range(steps):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            with torch.no_grad():
+                for parameter in lk.adapter_parameters(model):
+                    parameter -= 0.3 * parameter.grad
+            budget.step()
+
+    whole = lk.RankBudget(model, target=2, steps=10, final=3)
+    train(model, whole, 10)
+    for stop in (4, 8):
+        resumed = copy.deepcopy(other)
+        first = lk.RankBudget(resumed, target=2, steps=10, final=3)
+        train(resumed, first, stop)
+        second = lk.RankBudget(resumed, target=2, steps=10, final=3)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        train(resumed, second, 10 - stop)
+        assert all(
+            torch.equal(a, b) for a, b in zip(lk.adapter_parameters(model), lk.adapter_parameters(resumed), strict=True)
+        )
+    lk.attach(other, lk.AdaLoRA(rank=3), name="narrow")
+    with refused(other, "another adapter"):
+        lk.RankBudget(other, target=2, steps=10, name="narrow").load_state_dict(whole.state_dict())
+
+
 def test_the_rank_budget_says_what_is_wrong():
     model = mlp()
     lk.attach(model, lk.LoRA(rank=2))
