@@ -142,3 +142,27 @@ def test_eva_where_the_layer_is_not_reached_or_takes_no_vectors_is_refused():
         lk.attach(model, lk.LoRA(rank=1, init="eva"), data=[torch.randn(9, 3)])
     with refused(nn.Conv1d(2, 3, 1), "Conv", "principal directions"):
         lk.attach(nn.Conv1d(2, 3, 1), lk.LoRA(rank=1, init="eva"), nn.Conv1d, data=[torch.randn(1, 2, 5)])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_outputs_and_gradients_are_those_of_peft_which_changes_its_base(init):
+    torch.manual_seed(0)
+    base, x = mlp(), torch.randn(8, 6)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["0", "2"], init_lora_weights=init)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    lk.attach(base, lk.LoRA(rank=2, init=init))
+    pairs = [(base.get_submodule(i).lora.weight.default, theirs.base_model.model.get_submodule(i)) for i in ("0", "2")]
+    for mine, peer in pairs:
+        A, B = peer.lora_A["default"].weight, peer.lora_B["default"].weight
+        assert_close(mine.B @ mine.A, B @ A)
+        with torch.no_grad():  # singular vectors are so but for their signs; then a step of training
+            for ours, start, factor in ((mine.A, mine.A0, A), (mine.B, mine.B0, B)):
+                start.copy_(factor)
+                ours.copy_(factor.add_(torch.randn_like(factor) * 0.3))
+    y, wanted = base(x), theirs(x)
+    assert_close(y, wanted)
+    for output in (y, wanted):
+        output.square().sum().backward()
+    for mine, peer in pairs:
+        assert_close(mine.A.grad, peer.lora_A["default"].weight.grad)
+        assert_close(mine.B.grad, peer.lora_B["default"].weight.grad)
