@@ -11,9 +11,13 @@ from helpers import anatomy, assert_bits
 from quantized import assert_same_bits, bits, bnb, dense_of, each_linear, four_bits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lorakit as lk
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
 
 SHARED = Path(os.environ.get("LORAKIT_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models" / "stories260K"
@@ -163,7 +167,6 @@ def test_merging_into_plain_layers_gives_a_model_of_floats_that_says_the_same():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # what it calls is deprecated in transformers
 def test_an_adapter_that_peft_trained_on_the_same_base_says_the_same_here(tmp_path):
-    peft = pytest.importorskip("peft")
     model, tokens = small_llama(), sentences()
     theirs = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -187,9 +190,8 @@ def test_an_adapter_that_peft_trained_on_the_same_base_says_the_same_here(tmp_pa
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs stories260K in $LORAKIT_SHARED/models")
 def test_a_pretrained_model_in_nf4_learns_and_generates():
-    transformers = pytest.importorskip("transformers")
     model = in_nf4(LlamaForCausalLM.from_pretrained(STORIES)).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(STORIES)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
     story = tokenizer("Once upon a time, there was a robot named Max. Max liked to count stars.", return_tensors="pt")
     tokens = story["input_ids"]
     stored = bits(model)

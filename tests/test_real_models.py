@@ -12,10 +12,6 @@ from helpers import assert_bits, assert_close, clones
 from torch import Tensor, nn
 
 import lorakit as lk
-
-pytest.importorskip("scipy", reason="the real data are read with SciPy")
-pytest.importorskip("PIL", reason="the real data are read with Pillow")
-
 from benchmarks.real import data, models, stories, usps, vad
 from benchmarks.real.training import Loss, Recipe, batches, classification, train
 

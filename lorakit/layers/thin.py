@@ -18,7 +18,7 @@ def add_thin_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -
         return y + (F.linear(h, B) * scale).to(y.dtype)
     h = h.reshape(-1, h.shape[-1])
     Bt = B.t()  # (r, d)
-    if len(h) >= _MANY:
+    if not torch.jit.is_tracing() and h.shape[0] >= _MANY:  # what is traced must not depend on the number of rows
         # The gradient of a matrix that lies in memory as (r, d) is computed as hᵀ·g, and as (gᵀ·h)ᵀ where it lies
         # transposed, which is many times slower for a small r. The copy is worth it where rows are many. It is made
         # without gradients too: the two ways round otherwise, and PiSSA's two products, of which one trains, would not

@@ -14,7 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.layers import Kind, Mode, accumulation_dtype
 from lorakit.variants.checks import checked_number
 from lorakit.variants.low_rank import checked_rank, rank_caution
-from lorakit.variants.updates import FactoredUpdate, check_dropout
+from lorakit.variants.updates import FactoredUpdate
 from lorakit.variants.variant import Variant
 
 
@@ -89,12 +89,7 @@ class TripletUpdate(FactoredUpdate):
     """
 
     def __init__(self, weight: Tensor, spec: AdaLoRA, kind: Kind, mode: Mode) -> None:
-        super().__init__()
-        self.kind = kind
-        self.mode = mode
-        self.scale = spec.scale
-        self.dropout = spec.dropout
-        check_dropout(self.dropout, kind, mode)
+        super().__init__(kind, mode, spec.scale, spec.dropout)
         a_shape, b_shape = kind.factor_shapes(weight, spec.rank)
         *stack, _, _ = kind.matrix_shape(weight)
         like = torch.empty(0, dtype=accumulation_dtype(weight.dtype), device=weight.device)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, accumulation_dtype, dense_weight, in_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, accumulation_dtype, dense_weight
 from lorakit.variants.low_rank import LowRank, low_rank_arguments
 from lorakit.variants.starts import start
-from lorakit.variants.updates import check_dropout, dropped
+from lorakit.variants.updates import ScaledUpdate
 
 _BLOCK = 2**22
 """Numbers of a 16-bit weight that are widened at a time."""
@@ -46,7 +46,7 @@ class DoRA(LowRank):
 
 
 @final
-class MagnitudeUpdate(Update):
+class MagnitudeUpdate(ScaledUpdate):
     """ΔW = g·(W + s·B·A) − W with one g = m/‖W + s·B·A‖ for each row of the matrix (each output).
 
     The norms are taken as constants by autograd (§4.3), and computed from the factors: ‖W + sBA‖² = ‖W‖² + 2s·B·(A·Wᵀ)
@@ -59,12 +59,7 @@ class MagnitudeUpdate(Update):
     """
 
     def __init__(self, weight: Tensor, spec: DoRA, kind: Kind, mode: Mode, evidence: Tensor | None) -> None:
-        super().__init__()
-        self.kind = kind
-        self.mode = mode
-        self.scale = spec.scale
-        self.dropout = spec.dropout
-        check_dropout(self.dropout, kind, mode)
+        super().__init__(kind, mode, spec.scale, spec.dropout)
         A, B = start(spec, kind, weight, evidence)
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
@@ -84,7 +79,7 @@ class MagnitudeUpdate(Update):
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
         """Y + strength·(g·(W·x + s·B·A·x) − W·x)."""
         kind = cast(CalledKind, self.kind)
-        inputs = dropped(kind, in_dtype(kind, inputs, self.A.dtype), self.dropout, self.training)
+        inputs = self.inputs_of(inputs, self.A.dtype)
         plain = kind.without_bias(layer, base.to(self.A.dtype))
         both = kind.beside(layer, inputs, plain, self.A, self.B, self.scale)
         scaled = kind.scale_rows(layer, inputs, both, self._factor(dense_weight(layer, kind)))
@@ -118,7 +113,3 @@ class MagnitudeUpdate(Update):
             own = (B @ (A @ A.mT) * B).sum(-1)
             cross = (torch.cat(products, -2) * B).sum(-1)
             return (torch.cat(squares, -1) + 2 * cross + own).clamp_min(0).sqrt()
-
-    def extra_repr(self) -> str:
-        """Shapes and scale, for `print(model)`."""
-        return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, scale={self.scale:g}, mode={self.mode!r}"

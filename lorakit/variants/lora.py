@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Parameter, Update, in_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Parameter, Update
 from lorakit.variants.low_rank import LowRank, low_rank_arguments
 from lorakit.variants.starts import FROM_VALUES, start
-from lorakit.variants.updates import FactoredUpdate, check_dropout, dropped
+from lorakit.variants.updates import FactoredUpdate, ScaledUpdate
 
 
 @final
@@ -101,16 +101,11 @@ class LowRankParametrization(FactoredUpdate):
         mode: Mode = "weight",
         evidence: Tensor | None = None,
     ) -> None:
-        super().__init__()
         if weight.dim() < 2 and kind is None:
             raise LorakitError(f"a weight of shape {tuple(weight.shape)} is no matrix; LoRA needs two axes or more")
         if spec.subtracts:
             raise LorakitError(f"init={spec.init!r} subtracts its first product: use attach, which builds that")
-        self.kind = kind or Parameter("weight", flat=True)
-        self.mode = mode
-        self.scale = spec.scale
-        self.dropout = spec.dropout
-        check_dropout(self.dropout, self.kind, mode)
+        super().__init__(kind or Parameter("weight", flat=True), mode, spec.scale, spec.dropout)
         A, B = start(spec, self.kind, weight, evidence)
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
@@ -121,7 +116,7 @@ class LowRankParametrization(FactoredUpdate):
 
 
 @final
-class SubtractedUpdate(Update):
+class SubtractedUpdate(ScaledUpdate):
     """s·(B·A − B₀·A₀), where A₀ and B₀ are how A and B began: zero at the start, though neither factor is.
 
     The two products are formed alike and then subtracted, so that at the start they cancel to the bit. A file holds
@@ -129,12 +124,7 @@ class SubtractedUpdate(Update):
     """
 
     def __init__(self, weight: Tensor, spec: LoRA, kind: Kind, mode: Mode, evidence: Tensor | None) -> None:
-        super().__init__()
-        self.kind = kind
-        self.mode = mode
-        self.scale = spec.scale
-        self.dropout = spec.dropout
-        check_dropout(self.dropout, self.kind, mode)
+        super().__init__(kind, mode, spec.scale, spec.dropout)
         A, B = start(spec, self.kind, weight, evidence)
         self._axis = len(self.kind.matrix_shape(weight)) - 2  # of A's ranks; of B's it is the next
         self.A = nn.Parameter(A)
@@ -153,7 +143,7 @@ class SubtractedUpdate(Update):
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
         """Y + strength·s·(B(A(x)) − B₀(A₀(x)))."""
         kind, scale = cast(CalledKind, self.kind), self.scale * strength
-        inputs = dropped(kind, in_dtype(kind, inputs, self.A.dtype), self.dropout, self.training)
+        inputs = self.inputs_of(inputs, self.A.dtype)
         zero = torch.zeros_like(base, dtype=self.A.dtype)
         now = kind.beside(layer, inputs, zero, self.A, self.B, scale)
         then = kind.beside(layer, inputs, zero, self.A0, self.B0, scale)
@@ -172,7 +162,3 @@ class SubtractedUpdate(Update):
         B, minus_B0 = (part.contiguous() for part in tensors["B"].chunk(2, self._axis + 1))
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.A0, self.B0 = A0, -minus_B0
-
-    def extra_repr(self) -> str:
-        """Shapes and scale, for `print(model)`."""
-        return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, scale={self.scale:g}, mode={self.mode!r}"

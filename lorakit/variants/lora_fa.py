@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lorakit.layers import Kind, Mode
 from lorakit.variants.low_rank import LowRank
 from lorakit.variants.starts import start
-from lorakit.variants.updates import FactoredUpdate, check_dropout
+from lorakit.variants.updates import FactoredUpdate
 
 
 @final
@@ -31,12 +31,7 @@ class FrozenAUpdate(FactoredUpdate):
     """
 
     def __init__(self, weight: Tensor, spec: LoRAFA, kind: Kind, mode: Mode, evidence: Tensor | None) -> None:
-        super().__init__()
-        self.kind = kind
-        self.mode = mode
-        self.scale = spec.scale
-        self.dropout = spec.dropout
-        check_dropout(self.dropout, kind, mode)
+        super().__init__(kind, mode, spec.scale, spec.dropout)
         A, B = start(spec, kind, weight, evidence, frozen_A=True)
         self.register_buffer("A", A)
         self.B = nn.Parameter(B)

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import cast, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,18 +25,33 @@ def check_dropout(dropout: float, kind: Kind, mode: Mode) -> None:
         )
 
 
-def dropped(kind: Kind, inputs: Inputs, dropout: float, training: bool) -> Inputs:
-    """The inputs with entries of the first dropped, in training."""
-    if dropout == 0 or not training or kind.lookup:
-        return inputs
-    return (F.dropout(inputs[0], dropout), *inputs[1:])
+class ScaledUpdate(Update):
+    """An update with a scale, and with dropout on its input in training."""
+
+    def __init__(self, kind: Kind, mode: Mode, scale: float, dropout: float) -> None:
+        super().__init__()
+        check_dropout(dropout, kind, mode)
+        self.kind = kind
+        self.mode = mode
+        self.scale = scale
+        self.dropout = dropout
+
+    @final
+    def inputs_of(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+        """What it gets of the layer's inputs: in its own dtype, with entries dropped."""
+        inputs = in_dtype(self.kind, inputs, dtype)
+        if self.dropout == 0 or not self.training:
+            return inputs
+        return (F.dropout(inputs[0], self.dropout), *inputs[1:])
+
+    def extra_repr(self) -> str:
+        """Shapes and scale, for `print(model)`."""
+        shapes = (f"{name}={tuple(tensor.shape)}" for name, tensor in self.state_dict().items())
+        return f"{', '.join(shapes)}, scale={self.scale:g}, mode={self.mode!r}"
 
 
-class FactoredUpdate(Update):
+class FactoredUpdate(ScaledUpdate):
     """ΔW = s·B·A of two factors, however they come about. Beside the call B·A is never formed."""
-
-    scale: float
-    dropout: float = 0.0
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -51,13 +67,8 @@ class FactoredUpdate(Update):
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
         """Y + strength·s·B(A(x))."""
         A, B = self.factors()
-        inputs = dropped(self.kind, in_dtype(self.kind, inputs, A.dtype), self.dropout, self.training)
+        inputs = self.inputs_of(inputs, A.dtype)
         return cast(CalledKind, self.kind).beside(layer, inputs, y, A, B, self.scale * strength)
-
-    def extra_repr(self) -> str:
-        """Shapes and scale, for `print(model)`."""
-        shapes = (f"{name}={tuple(tensor.shape)}" for name, tensor in self.state_dict().items())
-        return f"{', '.join(shapes)}, scale={self.scale:g}, mode={self.mode!r}"
 
 
 class DenseUpdate(Update):

@@ -13,7 +13,7 @@ from lorakit.errors import LorakitError
 from lorakit.layers import Kind, Mode, accumulation_dtype
 from lorakit.variants.checks import checked_integer, checked_number
 from lorakit.variants.low_rank import checked_rank
-from lorakit.variants.updates import FactoredUpdate, check_dropout
+from lorakit.variants.updates import FactoredUpdate
 from lorakit.variants.variant import Variant
 
 
@@ -108,14 +108,9 @@ class SharedFactorsUpdate(FactoredUpdate):
 
     A: Tensor
     B: Tensor
-    scale = 1.0
 
     def __init__(self, weight: Tensor, spec: VeRA, kind: Kind, mode: Mode) -> None:
-        super().__init__()
-        self.kind = kind
-        self.mode = mode
-        self.dropout = spec.dropout
-        check_dropout(self.dropout, kind, mode)
+        super().__init__(kind, mode, 1.0, spec.dropout)
         self._spec = spec
         *stack, self._d, self._k = kind.matrix_shape(weight)
         most_d, most_k = cast(tuple[int, int], spec.sizes)
