@@ -125,12 +125,24 @@ class AdaptedWeight(_Children):
     def __getitem__(self, name: str) -> Update:
         return cast(Update, self._modules[name])
 
-    def acting(self, mode: Mode) -> Iterator[tuple[Update, float]]:
-        """The updates that act now in this mode, in the order of activation, each with its strength."""
+    def acting(self) -> tuple[list[tuple[Update, float]], list[tuple[Update, float]]]:
+        """The updates that act now beside the call, and those in the weight, in the order of activation.
+
+        Each with its strength. This runs at every call of the layer.
+        """
+        beside: list[tuple[Update, float]] = []
+        weight: list[tuple[Update, float]] = []
+        updates = cast(dict[str, Update], self._modules)
         for name, strength in self.selection.active:
-            update = self._modules.get(name)
-            if update is not None and update.mode == mode and update.enabled:
-                yield cast(Update, update), strength
+            if name in updates:
+                update = updates[name]
+                if update.enabled:
+                    (beside if update.mode == "beside" else weight).append((update, strength))
+        return beside, weight
+
+    def beside_kind(self) -> Kind:
+        """The kind of the updates beside the call."""
+        return next(self[name].kind for name in self if self[name].mode == "beside")
 
     def holds(self, mode: Mode) -> bool:
         """Whether any resident update acts in this mode."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers.adapters import AdaptedWeight, Adapters
+from lorakit.layers.adapters import AdaptedWeight, Adapters, Update
 from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype, in_dtype
 from lorakit.layers.rows import by_row
 from lorakit.layers.severed import guarded
@@ -96,30 +96,30 @@ def base_weight(layer: nn.Module, parameter: str) -> Tensor:
 
 def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: the layer's output with every acting update added."""
-    adapters = cast(Adapters, layer.lora)
     y = output
-    for parameter in adapters:
-        adapted = adapters[parameter]
+    for adapted in cast(dict[str, AdaptedWeight], cast(Adapters, layer._modules["lora"])._modules).values():
+        beside, weight = adapted.acting()
         by_rows = adapted.selection.rows is not None and adapted.holds("beside")
-        acting = tuple(adapted.acting("beside"))
-        if not acting and not by_rows:
+        if not beside and not by_rows:
             continue
-        kind = next(cast(CalledKind, adapted[name].kind) for name in adapted if adapted[name].mode == "beside")
-        inputs = _inputs(kind, args, kwargs)
+        kind = cast(CalledKind, beside[0][0].kind if beside else adapted.beside_kind())
+        inputs = args if args and not kwargs else _inputs(kind, args, kwargs)
         if kind.may_sever and y is output:
             y = output = guarded(layer, inputs, output)
         if by_rows:
             y = by_row(layer, kind, adapted, inputs, output, y)
-        base = _base_output(layer, kind, adapted, inputs, output)
-        for update, strength in acting:
+        base = _base_output(layer, kind, weight, inputs, output) if weight else output
+        for update, strength in beside:
             y = update.beside(layer, inputs, base, y, strength)
     return y
 
 
-def _base_output(layer: nn.Module, kind: CalledKind, adapted: AdaptedWeight, inputs: Inputs, output: Any) -> Any:
+def _base_output(
+    layer: nn.Module, kind: CalledKind, weight: list[tuple[Update, float]], inputs: Inputs, output: Any
+) -> Any:
     """What the layer returned, less what updates in the same weight gave to it: each is defined on the base alone."""
     base = output
-    for update, strength in adapted.acting("weight"):
+    for update, strength in weight:
         delta = update.delta_weight(base_weight(layer, kind.parameter))
         change = kind.call(layer, in_dtype(kind, inputs, delta.dtype), output, delta)
         base = base - (change * strength).to(base.dtype)
@@ -136,7 +136,7 @@ def _inputs(kind: CalledKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def adapted_weight(weight: Tensor, adapted: AdaptedWeight) -> Tensor:
     """The weight with every update that acts in it. With none it is the very same object."""
     result = weight
-    for update, strength in adapted.acting("weight"):
+    for update, strength in adapted.acting()[1]:
         if result is weight:
             result = weight.to(accumulation_dtype(weight.dtype))  # rounded once, after the last update
         result = update.add_to(result, weight, strength)

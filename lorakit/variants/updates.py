@@ -39,7 +39,8 @@ class ScaledUpdate(Update):
     @final
     def inputs_of(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
         """What it gets of the layer's inputs: in its own dtype, with entries dropped."""
-        inputs = in_dtype(self.kind, inputs, dtype)
+        if not self.kind.lookup and inputs[0].dtype != dtype:
+            inputs = in_dtype(self.kind, inputs, dtype)
         if self.dropout == 0 or not self.training:
             return inputs
         return (F.dropout(inputs[0], self.dropout), *inputs[1:])
