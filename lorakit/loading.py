@@ -28,7 +28,7 @@ def build_additions(
         LorakitError: it does not fit; the message lists everything that is wrong.
     """
     problems: list[str] = []
-    chosen: list[tuple[Place, Variant]] = []
+    chosen: list[tuple[Place, Variant, Update]] = []
     additions: list[Addition] = []
     left = dict(tensors)
     if any(parameter.is_meta for parameter in root.parameters()):
@@ -55,7 +55,7 @@ def build_additions(
             continue
         mine = _take(left, header, entry, update.saved(), place.kind.lookup)
         problems += _fill(update, mine, place, header, entry)
-        chosen.append((place, variant))
+        chosen.append((place, variant, update))
         additions.append(Addition(place.layer, place.kind, update, variant))
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]
     if problems:

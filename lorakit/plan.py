@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Foreign, as_foreign, check_read, outline
+from lorakit.layers import CalledKind, Foreign, Update, as_foreign, check_read, outline
 from lorakit.patterns import Targets
-from lorakit.state import check_addition, layers_of, root_of
+from lorakit.state import check_addition, layers_of, root_of, unwrapped
 from lorakit.tables import shape, size, table
 from lorakit.targets import Place, RequestedMode, resolve, selected, wholes
 from lorakit.variants import Full, Rows, Variant
@@ -119,7 +119,7 @@ def draw_up(
         raise LorakitError(f"the second argument must be a variant such as LoRA(rank=8), not {variant!r}")
     check_addition(model, name)
     root = root_of(model)
-    if _count(root) != _count(model):
+    if root is not unwrapped(model) and _count(root) != _count(model):
         raise LorakitError(
             f"adapters were attached to a part of this {type(model).__name__}: attach to that part, or detach it first"
         )
@@ -134,7 +134,7 @@ def draw_up(
     for field, patterns in (("rank", ranks), ("alpha", alphas)):
         variants = _varied(root, variants, places, field, {} if patterns is None else patterns)
     chosen = [*zip(places, variants, strict=True), *extra]
-    return plan_of(root, variant, chosen, name), chosen
+    return plan_of(root, variant, [(place, mine, _sketch(place, mine)) for place, mine in chosen], name), chosen
 
 
 def _extra(
@@ -180,15 +180,16 @@ def _varied(
     return varied
 
 
-def plan_of(root: nn.Module, variant: Variant, chosen: Sequence[tuple[Place, Variant]], name: str) -> Plan:
-    """The plan for adapting these places, each with its variant."""
-    rows = tuple(_row(place, mine) for place, mine in chosen)
-    return Plan(name, variant, rows, _count(root), sum(count * size for count, size in _numbers(root)))
+def plan_of(root: nn.Module, variant: Variant, chosen: Sequence[tuple[Place, Variant, Update]], name: str) -> Plan:
+    """The plan for adapting these places, each with its variant and its update, or a sketch of that on `meta`."""
+    numbers = _numbers(root)
+    rows = tuple(_row(*each) for each in chosen)
+    return Plan(name, variant, rows, sum(count for count, _ in numbers), sum(count * each for count, each in numbers))
 
 
-def _row(place: Place, variant: Variant) -> Row:
-    weight = place.outline
-    sketch = torch.empty_like(weight, device="meta")
+def _sketch(place: Place, variant: Variant) -> Update:
+    """The update for this place, on `meta`: of the right shapes, and checked to have a meaning there."""
+    sketch = torch.empty_like(place.outline, device="meta")
     try:
         check_read(place.layer, place.kind, variant.reads_weight)
         if variant.needs == "gradients" and isinstance(place.kind, Foreign):
@@ -196,15 +197,19 @@ def _row(place: Place, variant: Variant) -> Row:
                 f"its start needs the gradient of the weight, and a {place.kind.name} ({place.kind.note}) has none; "
                 "use another init"
             )
-        update = variant.build(place.kind, sketch, place.mode)
+        return variant.build(place.kind, sketch, place.mode)
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None
+
+
+def _row(place: Place, variant: Variant, update: Update) -> Row:
+    weight = place.outline
     notes = [f"also {name}" for name in place.names[1:]] + [f"tied to {name}" for name in place.tied]
     if place.kind.slices:
         notes.append(f"slices {', '.join(place.kind.slices)}")
     if isinstance(place.kind, Foreign):
         notes.append(place.kind.note)
-    caution = variant.caution(place.kind, sketch)
+    caution = variant.caution(place.kind, weight)
     return Row(
         layer=place.label,
         kind=place.kind.name,

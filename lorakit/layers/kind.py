@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
+from lorakit.errors import LorakitError
+
 Inputs = tuple[Any, ...]
 """What a layer is called with, in the order of its forward's arguments."""
 
@@ -205,6 +207,23 @@ def runs_its_own_forward(layer: nn.Module, *classes: type[nn.Module]) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which updates are held and sums with a weight of `dtype` are formed: at least 32 bits."""
     return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def stack_factor_shapes(
+    shape: tuple[int, int, int], rank: int, what: str
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes (E, r, k) of A and (E, d, r) of B for a stack (E, d, k), each matrix with an update of its own.
+
+    Raises:
+        LorakitError: a rank above that of one matrix; `what` says what the stack is.
+    """
+    count, d, k = shape
+    if rank > min(d, k):
+        raise LorakitError(
+            f"rank {rank} is larger than the slice: {what} of {d}×{k}, each with an update of its own; use a rank of "
+            f"at most {min(d, k)}, or leave this weight out"
+        )
+    return (count, rank, k), (count, d, rank)
 
 
 def flat_shape(weight: Tensor) -> tuple[int, int]:

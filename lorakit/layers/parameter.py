@@ -5,8 +5,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from lorakit.errors import LorakitError
-from lorakit.layers.kind import Kind, flat_factor_shapes, flat_shape
+from lorakit.layers.kind import Kind, flat_factor_shapes, flat_shape, stack_factor_shapes
 
 
 @final
@@ -33,12 +32,7 @@ class Parameter(Kind):
         if not self._is_stack(weight):
             return flat_factor_shapes(weight, rank)
         count, d, k = weight.shape
-        if rank > min(d, k):
-            raise LorakitError(
-                f"rank {rank} is larger than the slice: the weight is a stack of {count} matrices of {d}×{k}, each "
-                f"with an update of its own; use a rank of at most {min(d, k)}, or leave this weight out"
-            )
-        return (count, rank, k), (count, d, rank)
+        return stack_factor_shapes((count, d, k), rank, f"the weight is a stack of {count} matrices")
 
     def matrix_of(self, weight: Tensor) -> Tensor:
         """(d, k), or (E, d, k) of a stack."""

@@ -6,8 +6,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lorakit.errors import LorakitError
-from lorakit.layers.kind import Kind
+from lorakit.layers.kind import Kind, stack_factor_shapes
 
 
 @final
@@ -37,13 +36,8 @@ class Slices(Kind):
 
     def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(n, r, k) and (n, d, r)."""
-        count, d, k = self.matrix_shape(weight)
-        if rank > min(d, k):
-            raise LorakitError(
-                f"rank {rank} is larger than the slice: {self.parameter!r} holds {len(self.names)} slices of {d}×{k}, "
-                f"each with an update of its own; use a rank of at most {min(d, k)}, or leave this weight out"
-            )
-        return (count, rank, k), (count, d, rank)
+        what = f"{self.parameter!r} holds {len(self.names)} slices"
+        return stack_factor_shapes(self.matrix_shape(weight), rank, what)
 
     def matrix_of(self, weight: Tensor) -> Tensor:
         """The chosen slices: (n, d, k)."""

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.layers import Kind, Mode, accumulation_dtype
 from lorakit.variants.checks import checked_number
-from lorakit.variants.low_rank import checked_rank, rank_caution
+from lorakit.variants.low_rank import Ranked, rank_caution
 from lorakit.variants.updates import FactoredUpdate
-from lorakit.variants.variant import Variant
 
 
 @final
 @dataclass(frozen=True)
-class AdaLoRA(Variant):
+class AdaLoRA(Ranked):
     """Hyper-parameters of AdaLoRA.
 
     Args:
@@ -32,22 +31,13 @@ class AdaLoRA(Variant):
         LorakitError: a value is out of range or of the wrong type.
     """
 
-    rank: int
-    alpha: float | None = None
     dropout: float = 0.0
 
     file_names: ClassVar[Mapping[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", checked_rank(self.rank))
+        super().__post_init__()
         object.__setattr__(self, "dropout", checked_number("dropout", self.dropout, at_least=0, below=1))
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", checked_number("alpha", self.alpha, above=0))
-
-    @property
-    def scale(self) -> float:
-        """S = alpha/r."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
 
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "TripletUpdate":
         """P, λ and Q for one weight."""

@@ -20,7 +20,7 @@ _BLOCK = 2**22
 @final
 @dataclass(frozen=True)
 class DoRA(LowRank):
-    """Hyper-parameters of DoRA: those of `LowRank`."""
+    """Hyper-parameters of DoRA: those of `LoRA`, with one of its random starts or "eva"."""
 
     file_names: ClassVar[Mapping[str, str]] = {**LowRank.file_names, "magnitude": "lora_magnitude_vector"}
     exclusive: ClassVar[bool] = True

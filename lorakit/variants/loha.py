@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers import Kind, Mode, accumulation_dtype
-from lorakit.variants.checks import checked_number
-from lorakit.variants.low_rank import checked_rank, rank_caution
+from lorakit.variants.low_rank import Ranked, rank_caution
 from lorakit.variants.updates import DenseUpdate
-from lorakit.variants.variant import Variant
 
 
 @final
 @dataclass(frozen=True)
-class LoHa(Variant):
+class LoHa(Ranked):
     """Hyper-parameters of LoHa.
 
     Args:
@@ -28,25 +26,12 @@ class LoHa(Variant):
         LorakitError: a value is out of range or of the wrong type.
     """
 
-    rank: int
-    alpha: float | None = None
-
     file_names: ClassVar[Mapping[str, str]] = {
         "B1": "hada_w1_a",
         "A1": "hada_w1_b",
         "B2": "hada_w2_a",
         "A2": "hada_w2_b",
     }
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", checked_rank(self.rank))
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", checked_number("alpha", self.alpha, above=0))
-
-    @property
-    def scale(self) -> float:
-        """S = alpha/r."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
 
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "HadamardUpdate":
         """The four factors for one weight."""

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.layers import Kind, Mode, accumulation_dtype
-from lorakit.variants.checks import checked_integer, checked_number
-from lorakit.variants.low_rank import checked_rank
+from lorakit.variants.checks import checked_integer
+from lorakit.variants.low_rank import Ranked
 from lorakit.variants.updates import DenseUpdate
-from lorakit.variants.variant import Variant
 
 
 @final
 @dataclass(frozen=True)
-class LoKr(Variant):
+class LoKr(Ranked):
     """Hyper-parameters of LoKr.
 
     Args:
@@ -31,8 +30,6 @@ class LoKr(Variant):
         LorakitError: a value is out of range or of the wrong type.
     """
 
-    rank: int
-    alpha: float | None = None
     factor: int = -1
     decompose_both: bool = False
 
@@ -41,18 +38,11 @@ class LoKr(Variant):
     }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", checked_rank(self.rank))
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", checked_number("alpha", self.alpha, above=0))
+        super().__post_init__()
         if self.factor != -1:
             object.__setattr__(self, "factor", checked_integer("factor", self.factor, at_least=1, at_most=2**24))
         if not isinstance(self.decompose_both, bool):
             raise LorakitError(f"decompose_both={self.decompose_both!r} must be True or False")
-
-    @property
-    def scale(self) -> float:
-        """S = alpha/r."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
 
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "KroneckerUpdate":
         """The factors for one weight."""

@@ -14,7 +14,7 @@ from lorakit.variants.updates import FactoredUpdate
 @final
 @dataclass(frozen=True)
 class LoRAFA(LowRank):
-    """Hyper-parameters of LoRA-FA: those of `LowRank`. "eva" suits it well, since A stays as it begins."""
+    """Hyper-parameters of LoRA-FA: those of `LoRA`, with a random start or "eva", which suits a frozen A."""
 
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "FrozenAUpdate":
         """A, drawn once, and B for one weight."""

@@ -36,21 +36,29 @@ def rank_caution(rank: int, kind: Kind, weight: Tensor) -> str | None:
 
 
 @dataclass(frozen=True)
-class LowRank(Variant, ABC):
-    """The hyper-parameters of a variant with two factors A and B.
+class Ranked(Variant, ABC):
+    """A variant with a rank and a scale alpha/r; without an alpha the scale is 1."""
 
-    Args:
-        rank: r, the inner dimension of B·A; from 1 to 2²⁴.
-        alpha: the numerator of the scale, above 0; None means `rank`, a scale of 1.
-        dropout: probability in [0, 1) with which entries of the adapter's input are dropped in training. It acts
-            on the input, so it needs an update beside the call.
-        scaling: "standard" is alpha/r; "rslora" is alpha/√r, which keeps the update's size when the rank grows
-            (Kalajdzievski 2023, arXiv:2312.03732).
-        init: how A and B begin; whichever it is, attaching changes no output (but for "loftq", which is there to).
-            "kaiming": A uniform in ±1/√k, as `nn.Linear` begins, and B zero. Of an embedding A is zero and B standard
-            normal. "gaussian": the same with standard deviation `std`. "orthogonal": with orthonormal rows.
-            "pissa", "olora", "lora-ga": see `LoRA`. "eva": A spans the inputs' principal directions.
-        std: for init="gaussian": the standard deviation; None means 1/rank.
+    rank: int
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", checked_rank(self.rank))
+        if self.alpha is not None:
+            object.__setattr__(self, "alpha", checked_number("alpha", self.alpha, above=0))
+
+    @property
+    def scale(self) -> float:
+        """Alpha over rank."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclass(frozen=True)
+class LowRank(Variant, ABC):
+    """The hyper-parameters of a variant with two factors A and B; `LoRA` says what each means.
+
+    Not every init has a meaning for every variant (`inits`). Whichever it is, attaching changes no output, but for
+    "loftq", which is there to.
 
     Raises:
         LorakitError: a value is out of range or of the wrong type.
