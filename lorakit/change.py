@@ -81,7 +81,7 @@ def _add_one(addition: Addition, name: str, selection: Selection, trainable: boo
         adapters = Adapters()
     if parameter not in adapters:
         adapters.add_module(parameter, AdaptedWeight(selection))
-    adapters[parameter].add_module(name, addition.update.requires_grad_(trainable))
+    adapters[parameter].put(name, addition.update.requires_grad_(trainable))
     adapters.train(layer.training)
     install(layer, adapters)
 
@@ -101,6 +101,7 @@ def drop(root: nn.Module, state: State, name: str) -> None:
             install(site.layer, adapters)
     state.variants.pop(name, None)
     state.weights.pop(name, None)
+    state.selection.forget(name)
     rows = state.selection.rows
     state.selection.choose(
         [chosen for chosen in state.selection.active if chosen[0] != name], None if name in (rows or ()) else rows
