@@ -103,9 +103,8 @@ def drop(root: nn.Module, state: State, name: str) -> None:
     state.weights.pop(name, None)
     state.selection.forget(name)
     rows = state.selection.rows
-    state.selection.choose(
-        [chosen for chosen in state.selection.active if chosen[0] != name], None if name in (rows or ()) else rows
-    )
+    gone = rows is not None and name in rows.groups
+    state.selection.choose([chosen for chosen in state.selection.active if chosen[0] != name], None if gone else rows)
     if not state.variants:
         _forget(root, state)
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorakit.errors import LorakitError
+from lorakit.layers import RowChoice
 from lorakit.state import State, check_together, require, sites
 from lorakit.variants.checks import is_finite_number
 
@@ -87,7 +88,7 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
                 "rows share; adapt the layer beside its call, or run the rows apart"
             )
     with _restored(state):
-        state.selection.choose((), names)
+        state.selection.choose((), RowChoice(names))
         yield
 
 
@@ -98,7 +99,7 @@ def _restored(state: State) -> Iterator[None]:
         yield
     finally:
         # An adapter that was removed inside the block does not come back.
-        gone = {name for name in rows or () if name is not None} - set(state.variants)
+        gone = set(rows.groups if rows is not None else ()) - set(state.variants)
         state.selection.choose([chosen for chosen in active if chosen[0] in state.variants], None if gone else rows)
 
 

@@ -1,8 +1,9 @@
 """Where an update sits: one small file per kind of layer. Nothing here knows what is trained."""
 
 from lorakit.layers import attention, recurrent, transformer  # noqa: F401
-from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Selection, Update
+from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Update
 from lorakit.layers.bilinear import Bilinear
+from lorakit.layers.choice import RowChoice, Selection
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
 from lorakit.layers.foreign import Foreign, as_foreign, check_read, dense_weight, outline, stored_dtype
@@ -66,6 +67,7 @@ __all__ = [
     "Parts",
     "ReadEmbedding",
     "Requantized",
+    "RowChoice",
     "Selection",
     "Slices",
     "Strength",

@@ -1,4 +1,4 @@
-"""What a layer carries once it is adapted: its updates by adapter name, and the model's choice among them.
+"""What a layer carries once it is adapted: its updates by adapter name.
 
 An adapted layer gets one child module, `lora`, an `Adapters`: parameter name → `AdaptedWeight`: adapter name →
 `Update`. The updates' tensors are ordinary parameters there, so `.to()`, optimizers, DDP and deepcopy see them. Which
@@ -7,87 +7,17 @@ whatever the number of layers and of resident adapters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.layers.choice import Selection
 from lorakit.layers.kind import Inputs, Kind, accumulation_dtype
 from lorakit.layers.thin import Strength, Term
 
 Mode = Literal["beside", "weight"]
-
-
-Table = list["Update | None"]
-"""The updates of one adapter, at the places of the weights they are for; None where it has none."""
-
-
-@final
-@dataclass
-class Selection:
-    """The adapters that act now. One object per model, shared by all its layers.
-
-    Every adapted weight has a place, a number, and every adapter a table of its updates by place. To switch is to point
-    at another table: a layer then finds its update without a name to look up, and code that `torch.compile` made finds
-    other tensors in the same place. Tables are not copied or pickled with a part of the model, which would drag along
-    all the rest; a copy looks its updates up by name until `reindex` is called.
-    """
-
-    active: tuple[tuple[str, float], ...] = ()
-    """Each with its strength."""
-    rows: tuple[str | None, ...] | None = None
-    """If there is a choice for each row of the batch: the adapter of each row, None for the base."""
-    tables: dict[str, Table] | None = field(default_factory=dict)
-    """None in a copy."""
-    acting: list[tuple[Table, float]] | None = field(default_factory=list)
-    """The tables of the active adapters, each with its strength; None in a copy."""
-    strengths: list[Tensor] = field(default_factory=list)
-    """The strengths again, for compiled code, which would be compiled anew for every other float."""
-
-    def choose(self, active: Iterable[tuple[str, float]], rows: Iterable[str | None] | None = None) -> None:
-        """Change the choice."""
-        self.active, self.rows = tuple(active), None if rows is None else tuple(rows)
-        if self.tables is not None:
-            self.acting = [(self.tables[name], strength) for name, strength in self.active]
-            self.strengths = [scalar(strength) for _, strength in self.active]
-
-    def enter(self, name: str, adapted: "AdaptedWeight") -> None:
-        """Put the adapter's update of this weight into its table."""
-        if self.tables is None:
-            return
-        if adapted.place is None:
-            taken = max((len(table) for table in self.tables.values()), default=0)
-            adapted.place = taken
-        table = self.tables.setdefault(name, [])
-        table.extend([None] * (adapted.place + 1 - len(table)))
-        table[adapted.place] = adapted[name]
-
-    def forget(self, name: str) -> None:
-        """Give up the adapter's table."""
-        if self.tables is not None:
-            self.tables.pop(name, None)
-
-    def reindex(self, weights: Iterable["AdaptedWeight"]) -> None:
-        """Make the tables anew, for a copy."""
-        self.tables = {}
-        for place, adapted in enumerate(weights):
-            adapted.place = place
-            for name in adapted:
-                self.enter(name, adapted)
-        self.choose(self.active, self.rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "rows": self.rows, "tables": None, "acting": None, "strengths": []}
-
-
-@lru_cache(maxsize=256)
-def scalar(value: float) -> Tensor:
-    """A number as a tensor, made once."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class Update(nn.Module, ABC):

@@ -75,6 +75,11 @@ def linear_forward(layer: nn.Module, adapted: AdaptedWeight, input: Tensor) -> T
             for term in others:
                 y = add_thin_product(y, input, cast(Term, term))
             return y
+    if adapted.selection.rows is not None:
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        frozen = None if trains or type(weight) is not nn.Parameter else weight
+        base = F.linear(input, weight, bias)
+        return by_row(layer, adapted, (input,), base, base, frozen)
     base = F.linear(input, weight, bias)
     return cast(Tensor, _added(layer, adapted, acting, (input,), base, base))
 

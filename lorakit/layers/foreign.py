@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from lorakit.errors import LorakitError
 from lorakit.layers.kind import Inputs, Kind, VectorKind, base_weight, kinds_of, register_kind, register_late
 from lorakit.layers.stored import as_floats, called, scheme_of, weight_object
-from lorakit.layers.thin import Term, add_thin_product
 
 
 @final
@@ -51,15 +50,10 @@ class Foreign(VectorKind):
 
     def call(self, layer: nn.Module, inputs: Inputs, y: Tensor, weight: Tensor) -> Tensor:
         """x·Wᵀ; x: (..., in)."""
-        self._check(layer, inputs[0], y)
-        return F.linear(inputs[0].contiguous(), weight)  # as in `add_thin_product`
+        self.check(layer, inputs[0], y)
+        return F.linear(inputs[0].contiguous(), weight)  # laid out otherwise, it might round otherwise
 
-    def add(self, layer: nn.Module, x: Tensor, y: Tensor, term: Term) -> Tensor:
-        """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
-        self._check(layer, x, y)
-        return add_thin_product(y, x, term)
-
-    def _check(self, layer: nn.Module, x: Tensor, y: Any) -> None:
+    def check(self, layer: nn.Module, x: Tensor, y: Any) -> None:
         """Whether the layer does what it says."""
         if not isinstance(y, Tensor) or x.shape[-1] != self.inputs or y.shape[-1] != self.outputs:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers.thin import Strength, Term
+from lorakit.layers.thin import Strength, Term, add_thin_product
 
 Inputs = tuple[Any, ...]
 """What a layer is called with, in the order of its forward's arguments."""
@@ -123,8 +123,14 @@ class VectorKind(LastAxisKind, ABC):
     takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
 
     @abstractmethod
+    def check(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Whether the layer's input and output are of the sizes it says; nothing where torch has checked that."""
+
+    @final
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, term: Term) -> Tensor:
         """Y and what the term adds to it, x and A in any dtypes."""
+        self.check(layer, x, y)
+        return add_thin_product(y, x, term)
 
     @final
     def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:

@@ -1,35 +1,63 @@
-"""An adapter for each row of a batch."""
+"""An adapter for each row of a batch.
 
+Rows are brought together by adapter, and all adapters' products are two batched ones: (E, r, k)·(E, k, m) and
+(E, m, r)·(E, r, d) for E adapters with m vectors each. The factors are one after the other in memory for that. While
+something trains they are put there at every call, as autograd must see; else once for a layer in a `per_row` block,
+and again if they changed. What is no product of two factors, or of too unequal groups, goes through one adapter after
+the other.
+"""
+
+from dataclasses import dataclass
+from operator import attrgetter, getitem, is_
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers.adapters import AdaptedWeight
-from lorakit.layers.kind import CalledKind, Inputs
+from lorakit.layers.adapters import AdaptedWeight, Update
+from lorakit.layers.choice import Layout, RowChoice
+from lorakit.layers.kind import CalledKind, Inputs, VectorKind
+from lorakit.layers.thin import Term, is_plain
 
 
-def by_row(layer: nn.Module, adapted: AdaptedWeight, inputs: Inputs, base: Tensor, y: Tensor) -> Tensor:
+def by_row(
+    layer: nn.Module, adapted: AdaptedWeight, inputs: Inputs, base: Tensor, y: Tensor, frozen: Tensor | None = None
+) -> Tensor:
     """The output y with the update of each row's adapter; rows of the base alone stay as they are to the bit.
 
-    Each adapter computes its own rows alone, if all inputs have that axis.
+    Each adapter computes its own rows alone, if all inputs have that axis. If `frozen` is given, the layer is
+    y = x·Wᵀ + b with this W, none of which trains; then y is written into.
     """
-    names = adapted.selection.rows
-    assert names is not None
-    acting = [name for name in dict.fromkeys(names) if name is not None and name in adapted and adapted[name].enabled]
-    if not acting:
+    choice = cast(RowChoice, adapted.selection.rows)
+    if base.dim() > 0 and base.shape[0] == len(choice.names) and not torch.is_grad_enabled():
+        stacked: Stacked | None = choice.stacks.get(adapted.place)
+        if stacked is not None and stacked.layout.rows.device == y.device and stacked.is_current(inputs[0], y):
+            return _add_products(y, inputs[0], stacked, frozen)
+    names = tuple(name for name in choice.groups if name in adapted and adapted[name].enabled)
+    if not names:
         return y
-    kind = cast(CalledKind, adapted[acting[0]].kind)
-    if not kind.has_rows(layer, base) or base.shape[0] != len(names):
+    kind = cast(CalledKind, adapted[names[0]].kind)
+    if not kind.has_rows(layer, base) or base.shape[0] != len(choice.names):
         raise LorakitError(
-            f"a {type(layer).__name__} returned {tuple(base.shape)}, where per_row was given {len(names)} rows: its "
-            "first axis must be the batch; run each adapter's rows apart with active(...)"
+            f"a {type(layer).__name__} returned {tuple(base.shape)}, where per_row was given {len(choice.names)} rows: "
+            "its first axis must be the batch; run each adapter's rows apart with active(...)"
         )
-    for name in acting:
+    if isinstance(kind, VectorKind) and is_plain(inputs[0], y):
+        updates = [adapted[name] for name in names]
+        terms = [update.term(1.0) for update in updates]
+        layout = choice.layout(names, y.device)
+        if layout.pays and all(term is not None and _batched(inputs[0], y, term) for term in terms):
+            kind.check(layer, inputs[0], y)
+            stacked = _stack(updates, cast(list[Term], terms), layout)
+            if stacked.sources is not None and not torch.is_grad_enabled():
+                choice.stacks[adapted.place] = stacked
+            return _add_products(y, inputs[0], stacked, frozen)
+    for name in names:
         update = adapted[name]
-        index = torch.tensor([i for i, each in enumerate(names) if each == name], device=y.device)
-        if _sliceable(inputs, len(names)):
+        index = torch.tensor(choice.groups[name], device=y.device)
+        if _sliceable(inputs, len(choice.names)):
             mine = tuple(x.index_select(0, index) if isinstance(x, Tensor) else x for x in inputs)
             part = update.beside(layer, mine, base.index_select(0, index), y.index_select(0, index), 1.0)
         else:  # bags of a flat list of indices: all rows, of which its own are taken
@@ -42,3 +70,147 @@ def _sliceable(inputs: tuple[Any, ...], rows: int) -> bool:
     """Whether every input can be cut along the batch. A flat list of indices cannot, whatever its length."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     return all(x.dim() > 1 and x.shape[0] == rows for x in tensors)
+
+
+def _batched(x: Tensor, y: Tensor, term: Term) -> bool:
+    A, _, _, dropout = term
+    return dropout == 0 and x.dtype == y.dtype == A.dtype and A.device == x.device and x.shape[:-1] == y.shape[:-1]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The factors of several adapters: A (E, r, k), and s·Bᵀ (E, r, d); zeros where a rank is below the largest."""
+
+    A: Tensor
+    Bt: Tensor
+    layout: Layout
+    updates: tuple[Update, ...]
+    sources: "Sources | None"
+    """What they were taken from; None if that is computed at every call."""
+
+    def is_current(self, x: Tensor, y: Tensor) -> bool:
+        """Whether all that they were taken from is as it was. This runs at every call, so its loops are in C."""
+        sources = self.sources
+        return (
+            sources is not None
+            and all(map(_IS_ENABLED, self.updates))
+            and all(map(is_, map(getitem, sources.owners, sources.names), sources.tensors))
+            and list(map(_VERSION, sources.tensors)) == sources.versions
+            and list(map(Tensor.data_ptr, sources.tensors)) == sources.places
+            and x.dtype == y.dtype == self.A.dtype
+            and is_plain(x, self.A)
+        )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Tensors, how often each had been changed and where it lay, and the mappings of modules that hold them."""
+
+    owners: list[dict[str, Any]]
+    names: list[str]
+    tensors: list[Tensor]
+    versions: list[int]
+    places: list[int]
+
+
+_VERSION, _IS_ENABLED = attrgetter("_version"), attrgetter("enabled")
+
+
+def _sources(updates: list[Update], terms: list[Term]) -> Sources | None:
+    owners: list[dict[str, Any]] = []
+    names, tensors = [], []
+    for update, term in zip(updates, terms, strict=True):
+        if getattr(update, "dropout", 0.0) > 0:
+            return None  # it acts in training only, and the mode may change
+        for name, tensor in zip("AB", term[:2], strict=True):
+            owner = next((held for held in (update._parameters, update._buffers) if held.get(name) is tensor), None)
+            if owner is None or tensor.is_inference():  # computed, or without a count of its changes
+                return None
+            owners.append(cast(dict[str, Any], owner))
+            names.append(name)
+            tensors.append(tensor)
+    return Sources(owners, names, tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors])
+
+
+def _stack(updates: list[Update], terms: list[Term], layout: Layout) -> Stacked:
+    rank = max(A.shape[0] for A, _, _, _ in terms)
+    As = [A if A.shape[0] == rank else F.pad(A, (0, 0, 0, rank - A.shape[0])) for A, _, _, _ in terms]
+    Bts = [B.t() if scale == 1 else B.t() * scale for _, B, scale, _ in terms]
+    Bts = [Bt if Bt.shape[0] == rank else F.pad(Bt, (0, 0, 0, rank - Bt.shape[0])) for Bt in Bts]
+    return Stacked(torch.stack(As), torch.stack(Bts), layout, tuple(updates), _sources(updates, terms))
+
+
+def _add_products(y: Tensor, x: Tensor, stacked: Stacked, frozen: Tensor | None) -> Tensor:
+    """Y + each row's product; x: (n, ..., k), y: (n, ..., d)."""
+    A, Bt, layout = stacked.A, stacked.Bt, stacked.layout
+    if frozen is not None:
+        if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or Bt.requires_grad):
+            added: Tensor = _ByRow.apply(x, y.detach(), frozen, A, Bt, layout)  # type: ignore[no-untyped-call]
+            return added
+        _into(y, _shrunk(x, A, layout), Bt, layout)
+        return y
+    update, rows = torch.bmm(_shrunk(x, A, layout), Bt), layout.rows
+    update = update.view(len(rows), -1, y.shape[-1])
+    if layout.filled is not None:
+        update, rows = update.index_select(0, layout.filled), rows.index_select(0, layout.filled)
+    return y.index_add(0, rows, update.view(len(rows), *y.shape[1:]))
+
+
+def _sorted(x: Tensor, layout: Layout) -> Tensor:
+    """The rows by adapter: (E, m, k) of (n, ..., k)."""
+    mine = x if layout.in_order else x.index_select(0, layout.rows)
+    return mine.reshape(layout.count, -1, x.shape[-1])
+
+
+def _shrunk(x: Tensor, A: Tensor, layout: Layout) -> Tensor:
+    """Each row's x·Aᵀ, (E, m, r), formed thin side first as in `thin`."""
+    return torch.bmm(A, _sorted(x, layout).mT).mT
+
+
+def _into(total: Tensor, thin: Tensor, wide: Tensor, layout: Layout) -> None:
+    """Add each row's product of (E, m, r) and (E, r, d) to a total (n, ..., d) of which no gradient is known."""
+    if layout.in_order:
+        total.view(layout.count, -1, total.shape[-1]).baddbmm_(thin, wide)
+        return
+    update, rows = torch.bmm(thin, wide).view(len(layout.rows), -1, total.shape[-1]), layout.rows
+    if layout.filled is not None:
+        update, rows = update.index_select(0, layout.filled), rows.index_select(0, layout.filled)
+    total.view(total.shape[0], -1, total.shape[-1]).index_add_(0, rows, update)
+
+
+class _ByRow(torch.autograd.Function):
+    """The frozen linear map with an update for each row, computed as in `thin`: y is x·Wᵀ + b, and is written into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, A: Tensor, Bt: Tensor, layout: Layout) -> Tensor:
+        h = _shrunk(x, A, layout)
+        y = y.detach()
+        _into(y, h, Bt, layout)
+        ctx.layout = layout
+        ctx.save_for_backward(x, weight, A, Bt, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        layout = ctx.layout
+        x, weight, A, Bt, h = ctx.saved_tensors
+        g = gradients[0].contiguous()
+        own = _sorted(g, layout)
+        if layout.filled is not None:  # a row that fills up is nobody's
+            mask = own.new_zeros(len(layout.rows)).index_fill(0, layout.filled, 1)
+            own = own * mask.view(layout.count, layout.largest, 1).repeat_interleave(own.shape[1] // layout.largest, 1)
+        u = torch.bmm(Bt, own.mT)  # (E, r, m)
+        gx = gA = gBt = None
+        again = torch.is_grad_enabled()  # the gradient's own gradient is wanted: h must lead back to x and A
+        if ctx.needs_input_grad[3]:
+            gA = torch.bmm(u, _sorted(x, layout))
+        if ctx.needs_input_grad[4]:
+            gBt = torch.bmm((_shrunk(x, A, layout) if again else h).mT, own)
+        if ctx.needs_input_grad[0]:
+            gx = F.linear(g, weight.t())
+            if again:
+                update = torch.bmm(u.mT, A).view(len(layout.rows), *gx.shape[1:])
+                gx = gx.index_add(0, layout.rows, update)
+            else:
+                _into(gx, u.mT, A, layout)
+        return gx, None, None, gA, gBt, None

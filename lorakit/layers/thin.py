@@ -37,7 +37,7 @@ Term = tuple[Tensor, Tensor, Strength, float]
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -> Tensor:
     """x·Wᵀ + b + s·(D(x)·Aᵀ)·Bᵀ for x: (..., k)."""
     A, _, _, dropout = term
-    if not _is_plain(x, A) or type(weight) not in _PLAIN:
+    if not is_plain(x, A) or type(weight) not in _PLAIN:
         return add_thin_product(F.linear(x, weight, bias), x, term)
     trains = _trains(x, term)
     if trains and _pays(x, term) and not weight.requires_grad and (bias is None or not bias.requires_grad):
@@ -55,7 +55,7 @@ def add_thin_product(y: Tensor, x: Tensor, term: Term) -> Tensor:
     A, _, _, dropout = term
     if A.is_meta != y.is_meta:  # the kernels take factors on `meta` and return what lay in memory
         raise RuntimeError(f"the adapter is on {A.device} and the layer's output on {y.device}: move the model")
-    if not _is_plain(x, A) or type(y) is not Tensor:
+    if not is_plain(x, A) or type(y) is not Tensor:
         return _functional(y, x, term)
     if not (_trains(x, term) or (torch.is_grad_enabled() and y.requires_grad)):
         return _add(y, _shrunk(x, A, dropout, _seed(term)), term, fresh=False)
@@ -74,7 +74,7 @@ def _pays(x: Tensor, term: Term) -> bool:
     return x.numel() >= MANY * x.shape[-1] or term[3] > 0 or x.dtype != term[0].dtype
 
 
-def _is_plain(x: Tensor, A: Tensor) -> bool:
+def is_plain(x: Tensor, A: Tensor) -> bool:
     """Whether nothing but torch's eager autograd looks on: no subclass, transform, trace, compiler or autocast."""
     return (
         type(x) in _PLAIN

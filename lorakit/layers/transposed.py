@@ -6,7 +6,6 @@ from typing import Any, ClassVar, final
 from torch import Tensor, nn
 
 from lorakit.layers.kind import Inputs, Kind, VectorKind, register_late
-from lorakit.layers.thin import Term, add_thin_product
 
 
 @final
@@ -39,9 +38,8 @@ class TransposedLinear(VectorKind):
         x: Tensor = inputs[0]
         return x @ weight
 
-    def add(self, layer: nn.Module, x: Tensor, y: Tensor, term: Term) -> Tensor:
-        """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
-        return add_thin_product(y, x, term)
+    def check(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Nothing to check."""
 
 
 @register_late("transformers.pytorch_utils", "Conv1D")
