@@ -23,11 +23,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--page", action="store_true", help="only write RESULTS.md again, from what is stored")
     given = parser.parse_args()
+    scenarios, end = (SCENARIOS, "") if given.device == "cpu" else (ON_GPU, " on cuda")
+    if unknown := set(given.only or ()) - set(scenarios):
+        parser.error(f"{', '.join(unknown)} is not about a GPU; there are {', '.join(scenarios)}")
     torch.set_num_threads(1)
     kept = json.loads(STORE.read_text(encoding="utf-8")) if STORE.exists() else {}
     if not given.page:
         command = " ".join(["python -m benchmarks.speed", *sys.argv[1:]])
-        scenarios, end = (SCENARIOS, "") if given.device == "cpu" else (ON_GPU, " on cuda")
         for name in given.only or scenarios:
             print(f"\n{name}{end}: {scenarios[name].aim}", flush=True)
             begin, results = time.process_time(), []

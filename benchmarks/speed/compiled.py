@@ -31,7 +31,7 @@ def compiled(quick: bool = False) -> Iterator[Result]:
     with torch.no_grad():
         check_equal(*(fast[name](tokens).logits for name in ("lorakit", "peft")), mine(tokens).logits, limit=1e-3)
         arms: dict[str, Arm] = {name: partial(model, tokens) for name, model in fast.items()}
-        yield Result("forward", interleaved(arms, quick=quick), aim=1.1)
+        yield Result("forward", interleaved(arms, quick=quick))
     embedded = base.get_input_embeddings()(tokens).detach().requires_grad_()
 
     def loss(model: nn.Module) -> Tensor:
@@ -39,11 +39,11 @@ def compiled(quick: bool = False) -> Iterator[Result]:
         return model(inputs_embeds=embedded).logits.square().mean()
 
     arms = {name: with_optimizer(model, torch.optim.AdamW, loss) for name, model in fast.items()}
-    yield Result("step", interleaved(arms, quick=quick), aim=1.1)
+    yield Result("step", interleaved(arms, quick=quick))
     switches = 4 if quick else SWITCHES
     for residents in (2, switches):
         graphs = {name: graphs_of(name, residents, switches) for name in ("lorakit", "peft")}
-        yield Result(f"{switches} switches among {residents}", {"floor": 1.0, **graphs}, aim=1.0, unit="graphs")
+        yield Result(f"{switches} switches among {residents}", {"floor": 1.0, **graphs}, unit="graphs")
     torch._dynamo.reset()
 
 

@@ -52,7 +52,7 @@ def layer_case(
     gradient = torch.randn(n, d, dtype=dtype, device=device)
     models = {"frozen": base, **adapted, "full": full(base)}
     arms = {name: step(model, x, gradient) for name, model in models.items()}
-    values = interleaved(arms, budget=1.0, quick=quick, device=device)
+    values = interleaved(arms, budget=3 if n == 10 else 1.5, quick=quick, device=device)
     values = {"floor": values["frozen"] * (1 + 3 * rank / d), **values}
     return Result(f"n={n} d={d} r={rank}", values, "floor", aim)
 
@@ -96,8 +96,10 @@ def bytes_kept(quick: bool = False, device: str = "cpu", n: int = 512, d: int = 
         base = linear(d).to(device, dtype)
         mine = ours(base, rank, variant=variant).train()
         models = {"lorakit": mine}
-        if isinstance(variant, lk.LoRA):  # PEFT has LoRA-FA as an optimizer that keeps A's gradient at zero
-            models["peft"] = theirs(base, mine, rank, lora_dropout=variant.dropout).train()
+        models["peft"] = theirs(base, mine, rank, lora_dropout=variant.dropout).train()
+        if isinstance(variant, lk.LoRAFA):  # PEFT has it as an optimizer that is made so
+            models["peft"].base_model.model[0].lora_A.requires_grad_(False)
+        else:
             if not variant.dropout:
                 if dtype == torch.float32:
                     check_steps(

@@ -44,7 +44,7 @@ SCENARIOS: dict[str, Scenario] = {
     "attach": Scenario(attach, "at most 1.5 of making the tensors"),
     "dora": Scenario(dora, "at most 1.25 of a LoRA step"),
     "growth": Scenario(growth, "no term grows faster than the arithmetic"),
-    "compiled": Scenario(compiled, "at most 1.1 of the compiled frozen model; one graph for every adapter"),
+    "compiled": Scenario(compiled, "none was set"),
 }
 
 ON_GPU: dict[str, Scenario] = {

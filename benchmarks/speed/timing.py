@@ -83,8 +83,10 @@ def interleaved(
     """
     counts = {}
     for name, arm in arms.items():
-        _seconds(arm, 1, device)  # caches, allocations, lazy work
-        counts[name] = 1 if quick else max(1, int(seconds / max(_seconds(arm, 1, device), 1e-7)))
+        taken = _seconds(arm, 1, device)  # caches, allocations, lazy work
+        if taken < 10 * seconds and not quick:
+            taken = _seconds(arm, 1, device)
+        counts[name] = 1 if quick else max(1, int(seconds / max(taken, 1e-7)))
     least = dict.fromkeys(arms, float("inf"))
     if not quick:
         gc.collect()
