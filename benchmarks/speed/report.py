@@ -109,7 +109,7 @@ def shortfalls(name: str, results: list[Result]) -> str:
     by_reason: dict[str, list[str]] = {}
     for result in results:
         ratios = [
-            f"{ratio:.3g}" if arm == result.floor else f"{ratio:.3g} of {arm}" for arm, ratio in result.short().items()
+            f"{ratio:.4g}" if arm == result.floor else f"{ratio:.4g} of {arm}" for arm, ratio in result.short().items()
         ]
         if ratios:
             by_reason.setdefault(reason(name, result.case), []).append(f"{result.case} ({', '.join(ratios)})")
