@@ -1,5 +1,5 @@
 # make demo: the digits experiment · make test: the tests · make check: lint and types · make tables: the README's table
-# make bench: what adapters cost, against the floor and PEFT (ONLY=switch for one scenario)
+# make bench: what adapters cost, against the floor and other libraries (ONLY="switch llama" for some, DEVICE=cuda)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -21,7 +21,7 @@ tables: .venv/dev.stamp
 	PYTHONPATH=tests $(BIN)/python -m pairs
 
 bench: .venv/dev.stamp
-	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY)) $(if $(DEVICE),--device $(DEVICE))
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
