@@ -3,7 +3,7 @@
 from lorakit.layers import attention, recurrent, transformer  # noqa: F401
 from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Update
 from lorakit.layers.bilinear import Bilinear
-from lorakit.layers.choice import RowChoice, Selection
+from lorakit.layers.choice import RowChoice, Selection, scalar
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
 from lorakit.layers.foreign import Foreign, as_foreign, check_read, dense_weight, outline, stored_dtype
@@ -95,6 +95,7 @@ __all__ = [
     "register_parts",
     "replace_layer",
     "requantized",
+    "scalar",
     "scheme_of",
     "stored_dtype",
     "stored_tensors",

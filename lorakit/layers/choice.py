@@ -39,7 +39,7 @@ class Selection:
         self.active, self.rows = tuple(active), rows
         if self.tables is not None:
             self.acting = [(self.tables[name], strength) for name, strength in self.active]
-            self.strengths = [scalar(strength) for _, strength in self.active]
+            self.strengths = [scalar(strength, role) for role, (_, strength) in enumerate(self.active)]
 
     def enter(self, name: str, adapted: Any) -> None:
         """Put the adapter's update of this weight into its table."""
@@ -70,9 +70,9 @@ class Selection:
         return {"active": self.active, "rows": self.rows, "tables": None, "acting": None, "strengths": []}
 
 
-@lru_cache(maxsize=256)
-def scalar(value: float) -> Tensor:
-    """A number as a tensor, made once."""
+@lru_cache(maxsize=1024)
+def scalar(value: float, role: int = -1) -> Tensor:
+    """A number as a tensor, made once for each role: compiled code would notice if two of its inputs were one."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=torch.float64, device="cpu")
 

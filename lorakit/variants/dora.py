@@ -84,7 +84,7 @@ class MagnitudeUpdate(ScaledUpdate):
         scaled = kind.scale_rows(layer, inputs, base, part)
         total = scaled if y is base else scaled + (y - base)
         B = self.B * g.to(self.B.dtype).view(-1, *(1 for _ in self.B.shape[1:]))
-        return self.add_product(layer, inputs, total, self.A, B, self.scale * strength).to(y.dtype)
+        return self.add_product(layer, inputs, total, self.A, B, self.scaled(strength)).to(y.dtype)
 
     def _factor(self, weight: Tensor) -> Tensor:
         """g, (d,) or (E, d); 1 for a row that is zero, which has no direction to rescale."""

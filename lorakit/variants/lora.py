@@ -143,7 +143,7 @@ class SubtractedUpdate(ScaledUpdate):
 
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         """Y + strength·s·(B(A(x)) − B₀(A₀(x)))."""
-        zero, scale = torch.zeros_like(base, dtype=self.A.dtype), self.scale * strength
+        zero, scale = torch.zeros_like(base, dtype=self.A.dtype), self.scaled(strength)
         inputs = self.dropped(inputs, self.A.dtype)  # the same entries for both
         now = cast(CalledKind, self.kind).beside(layer, inputs, zero, self.A, self.B, scale)
         then = cast(CalledKind, self.kind).beside(layer, inputs, zero, self.A0, self.B0, scale)

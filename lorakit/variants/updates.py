@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Strength, Term, Update, VectorKind, in_dtype, outline
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Strength, Term, Update, VectorKind, in_dtype, outline, scalar
 
 
 def check_dropout(dropout: float, kind: Kind, mode: Mode) -> None:
@@ -34,7 +34,13 @@ class ScaledUpdate(Update):
         self.kind = kind
         self.mode = mode
         self.scale = scale
+        self._scale = scalar(scale)  # for compiled code, which would be made anew for another float
         self.dropout = dropout
+
+    @final
+    def scaled(self, strength: Strength) -> Strength:
+        """Strength·s, in the kind of number that strength is."""
+        return self._scale * strength if isinstance(strength, Tensor) else self.scale * strength
 
     @final
     def add_product(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
@@ -75,12 +81,12 @@ class FactoredUpdate(ScaledUpdate):
     @final
     def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         """Y + strength·s·B(A(x))."""
-        return self.add_product(layer, inputs, y, *self.factors(), self.scale * strength)
+        return self.add_product(layer, inputs, y, *self.factors(), self.scaled(strength))
 
     @final
     def term(self, strength: Strength) -> Term:
         """A, B, strength·s and the dropout that acts now."""
-        return (*self.factors(), self.scale * strength, self.dropout if self.training else 0.0)
+        return (*self.factors(), self.scaled(strength), self.dropout if self.training else 0.0)
 
 
 class DenseUpdate(Update):
