@@ -23,7 +23,7 @@ ORDER = [
     {"change", "suitable", "header"},
     {"targets"},
     {"plan", "peft_config", "switch"},
-    {"evidence", "resident", "loading", "probe"},
+    {"evidence", "resident", "loading", "probe", "sums"},
     {"attach", "merge", "files", "budget"},
     {"digits"},
     {"cli"},
