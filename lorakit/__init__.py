@@ -10,6 +10,7 @@ lk.save(model, "adapters/sql", name="sql")
 from lorakit.algebra import decompose, numerical_rank
 from lorakit.attach import attach, detach, plan, remove
 from lorakit.budget import RankBudget
+from lorakit.combine import combine
 from lorakit.errors import LorakitError
 from lorakit.files import adapter_state_dict, load, save
 from lorakit.merge import merge, merged
@@ -40,6 +41,7 @@ __all__ = [
     "adapter_state_dict",
     "adapters",
     "attach",
+    "combine",
     "decompose",
     "detach",
     "disabled",

@@ -24,7 +24,7 @@ ORDER = [
     {"targets"},
     {"plan", "peft_config", "switch"},
     {"evidence", "resident", "loading", "probe", "sums"},
-    {"attach", "merge", "files", "budget"},
+    {"attach", "merge", "files", "budget", "combine"},
     {"digits"},
     {"cli"},
     {"__main__"},
