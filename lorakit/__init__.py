@@ -13,6 +13,7 @@ from lorakit.budget import RankBudget
 from lorakit.combine import combine
 from lorakit.errors import LorakitError
 from lorakit.files import adapter_state_dict, load, save
+from lorakit.flat import flat_parameter
 from lorakit.merge import merge, merged
 from lorakit.probe import probe
 from lorakit.resident import adapter_parameter_groups, adapter_parameters, adapters, set_trainable
@@ -45,6 +46,7 @@ __all__ = [
     "decompose",
     "detach",
     "disabled",
+    "flat_parameter",
     "load",
     "merge",
     "merged",
