@@ -10,6 +10,7 @@ from lorakit.change import Addition, add
 from lorakit.errors import LorakitError
 from lorakit.layers import accumulation_dtype, outline
 from lorakit.state import Site, State, check_addition, check_complete, require, sites
+from lorakit.sums import is_finite
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import shape, table
 from lorakit.variants import DoRA, FactoredUpdate, Full, LoHa, LoKr, LoRA, Rows, SubtractedUpdate
@@ -136,7 +137,7 @@ def _problems(site: Site, state: State, names: list[str]) -> list[str]:
             found.append(f"{each!r} at {site.name!r}: {type(variant).__name__} {why}; merge it instead")
         elif any(tensor.is_meta for tensor in update.state_dict().values()):
             found.append(f"{each!r} at {site.name!r}: it is on 'meta' and has no values")
-        elif not all(tensor.isfinite().all() for tensor in update.state_dict().values()):
+        elif not all(is_finite(tensor) for tensor in update.state_dict().values()):
             found.append(f"{each!r} at {site.name!r}: it holds NaN or infinity")
     kinds = {each: site.adapted[each].kind for each in here}
     if len(set(kinds.values())) > 1:

@@ -81,7 +81,7 @@ def merging_for_good() -> Iterator[Result]:
 def combining() -> Iterator[Result]:
     """Two adapters of rank 16 as one, exact or of rank 16. PEFT forms each B·A and takes its SVD; the aim is 1/100."""
     rank = 16
-    for d, layers in ((512, 8),):
+    for d, layers in ((512, 8), (1024, 2)):
         torch.manual_seed(0)
         base = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(layers))).requires_grad_(False)
         names = [str(i) for i in range(layers)]
