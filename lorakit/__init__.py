@@ -10,8 +10,10 @@ lk.save(model, "adapters/sql", name="sql")
 from lorakit.algebra import decompose, numerical_rank
 from lorakit.attach import attach, detach, plan, remove
 from lorakit.budget import RankBudget
+from lorakit.combine import combine
 from lorakit.errors import LorakitError
 from lorakit.files import adapter_state_dict, load, save
+from lorakit.flat import flat_parameter
 from lorakit.merge import merge, merged
 from lorakit.probe import probe
 from lorakit.resident import adapter_parameter_groups, adapter_parameters, adapters, set_trainable
@@ -40,9 +42,11 @@ __all__ = [
     "adapter_state_dict",
     "adapters",
     "attach",
+    "combine",
     "decompose",
     "detach",
     "disabled",
+    "flat_parameter",
     "load",
     "merge",
     "merged",

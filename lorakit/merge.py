@@ -14,13 +14,13 @@ from lorakit.errors import LorakitError
 from lorakit.layers import (
     Foreign,
     Requantized,
-    accumulation_dtype,
     dense_weight,
     plain_linear,
     replace_layer,
     requantized,
 )
 from lorakit.state import Site, State, check_complete, check_together, layers_of, require, sites
+from lorakit.sums import LowRankSum, Norms, Terms, is_finite, low_rank_sum, norms_of, wide_sum
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import table
 
@@ -83,20 +83,15 @@ def merge(model: nn.Module, choice: Choice | None = None, *, dequantize: bool | 
     owners = _owners(root)
     untied = tuple(site.name for site, _, _ in merged if owners.get(id(_parameter(site)), 1) > 1)
     drop_all(root, state)
-    for site, result, _ in merged:
-        parameter = _parameter(site)
-        if isinstance(result, nn.Linear):
-            replace_layer(root, site.layer, result)
-        elif isinstance(result, Requantized):
-            _set(site.layer, result.attributes)
-        elif site.name in untied:
-            assert parameter is not None
-            setattr(site.layer, site.parameter, nn.Parameter(result, requires_grad=parameter.requires_grad))
+    rows = []
+    for site, result, norms in merged:
+        if isinstance(result, LowRankSum):
+            norms = result.norms(_write(site, result, tied=site.name in untied))
         else:
-            assert parameter is not None
-            with torch.no_grad():
-                parameter.copy_(result)
-    report = MergeReport(tuple(row for _, _, row in merged if row is not None), dropped, untied)
+            _put(root, site, result, tied=site.name in untied)
+        assert norms is not None
+        rows.append(_row(site.name, norms))
+    report = MergeReport(tuple(rows), dropped, untied)
     _warn(report)
     return report
 
@@ -125,21 +120,66 @@ def merged(model: nn.Module, choice: Choice | None = None) -> Iterator[None]:
                 _set(layer, attributes)
 
 
-Result = Tensor | Requantized | nn.Linear
-"""What a merged weight becomes: other floats, quantized anew, or a plain layer in the place of its own."""
+Result = LowRankSum | Tensor | Requantized | nn.Linear
+"""What a merged weight becomes: a sum that is not formed yet, other floats, quantized anew, or a plain layer."""
 
 
+@torch.no_grad()
 def _attributes(site: Site, result: Result) -> dict[str, Any]:
     """What `merged` sets on the layer."""
     if isinstance(result, Requantized):
         return result.attributes
+    if isinstance(result, LowRankSum):
+        weight = _weight(site)
+        fresh = torch.empty_like(weight)
+        result.write(weight, fresh)
+        result = fresh
     assert isinstance(result, Tensor)
     return {site.parameter: nn.Parameter(result, requires_grad=False)}
 
 
+@torch.no_grad()
+def _write(site: Site, result: LowRankSum, *, tied: bool) -> float:
+    """Form the sum in the place of the weight, and say what rounding took, as a norm."""
+    weight = _weight(site)
+    if not tied:
+        return result.write(weight, weight, measure=True)
+    fresh = torch.empty_like(weight)
+    lost = result.write(weight, fresh, measure=True)
+    _put(None, site, fresh, tied=True)
+    return lost
+
+
+@torch.no_grad()
+def _put(root: nn.Module | None, site: Site, result: Result, *, tied: bool) -> None:
+    """Give the layer what its weight became."""
+    if isinstance(result, Requantized):
+        _set(site.layer, result.attributes)
+    elif isinstance(result, nn.Linear):
+        assert root is not None
+        replace_layer(root, site.layer, result)
+    else:
+        assert isinstance(result, Tensor)
+        weight = _weight(site)
+        if tied:
+            setattr(site.layer, site.parameter, nn.Parameter(result, requires_grad=weight.requires_grad))
+        else:
+            weight.copy_(result)
+
+
+def _weight(site: Site) -> nn.Parameter:
+    weight = _parameter(site)
+    assert weight is not None
+    return weight
+
+
 def _set(layer: nn.Module, attributes: dict[str, Any]) -> None:
+    plain = type(layer).__setattr__ is nn.Module.__setattr__
     for name, value in attributes.items():
-        setattr(layer, name, value)
+        if plain and isinstance(value, nn.Parameter) and name in layer._parameters:
+            layer._parameters[name] = value  # what torch does in the end, after looking at all else that it may be
+        else:
+            setattr(layer, name, value)
 
 
 def _parameter(site: Site) -> nn.Parameter | None:
@@ -160,65 +200,66 @@ def _chosen(model: nn.Module, choice: Choice | None) -> tuple[nn.Module, State, 
 @torch.no_grad()
 def _merge(
     root: nn.Module, strengths: dict[str, float], dequantize: bool | torch.dtype = False, *, report: bool
-) -> list[tuple[Site, Result, MergedWeight | None]]:
-    """Every merged weight, checked, and if asked for what was lost; nothing is changed yet."""
+) -> list[tuple[Site, Result, Norms | None]]:
+    """Every merged weight, known to be finite, and if asked for its norms; nothing is changed yet."""
     merged, bad = [], []
     for site in sites(root):
-        names = [name for name in strengths if name in site.adapted]
-        if not names:
+        terms = [(site.adapted[name], strength) for name, strength in strengths.items() if name in site.adapted]
+        if not terms:
             continue
-        if _parameter(site) is None and not isinstance(site.adapted[names[0]].kind, Foreign):
+        if _parameter(site) is None and not isinstance(terms[0][0].kind, Foreign):
             raise LorakitError(f"cannot merge into {site.name!r}: it is computed from other parameters")
         try:
-            wide, total, result = _result(root, site, names, strengths, dequantize)
+            result, norms = _result(root, site, terms, dequantize, report)
         except LorakitError as error:
             raise LorakitError(f"cannot merge into {site.name!r}: {error}") from None
-        dense = _dense(result)
-        if not (_is_finite(total) and (dense is total or _is_finite(dense))):
+        if result is None:
             bad.append(site.name)
-        merged.append((site, result, _row(site.name, wide, total, dense) if report else None))
+        else:
+            merged.append((site, result, norms))
     if bad:
         raise LorakitError(f"merging {', '.join(map(repr, strengths))} gives NaN or infinity in {', '.join(bad)}")
     return merged
 
 
 def _result(
-    root: nn.Module, site: Site, names: list[str], strengths: dict[str, float], dequantize: bool | torch.dtype
-) -> tuple[Tensor, Tensor, Result]:
-    """W and W + ΔW in at least 32 bits, and what becomes of the weight."""
-    kind = site.adapted[names[0]].kind
+    root: nn.Module, site: Site, terms: Terms, dequantize: bool | torch.dtype, report: bool
+) -> tuple[Result | None, Norms | None]:
+    """What becomes of the weight, None if it is not finite; and norms, but of a sum that is not formed yet."""
+    kind = terms[0][0].kind
     weight = dense_weight(site.layer, kind)
-    total = wide = weight.to(accumulation_dtype(weight.dtype))
+    thin = None if isinstance(kind, Foreign) else low_rank_sum(weight, terms)
+    if thin is not None:
+        return thin, None
     with torch.autocast(weight.device.type, enabled=False):
-        for name in names:
-            total = site.adapted[name].add_to(total, weight, strengths[name])
-    if not isinstance(kind, Foreign) or not _is_finite(total):
-        return wide, total, total.to(weight.dtype)
-    if dequantize is False:
-        return wide, total, requantized(site.layer, kind, total)
-    if site.layer is root:
+        wide, total = wide_sum(weight, terms)
+    if not is_finite(total):
+        return None, None
+    result: Tensor | Requantized | nn.Linear
+    if not isinstance(kind, Foreign):
+        result = total.to(weight.dtype)
+    elif dequantize is False:
+        result = requantized(site.layer, kind, total)
+    elif site.layer is root:
         raise LorakitError("the model itself is this layer, and nothing can take its place; wrap it in nn.Sequential")
-    plain = plain_linear(site.layer, kind, total, weight.dtype if dequantize is True else dequantize)
-    return wide, total, plain
+    else:
+        result = plain_linear(site.layer, kind, total, weight.dtype if dequantize is True else dequantize)
+    dense = _dense(result)
+    if dense is not total and not is_finite(dense):
+        return None, None
+    return result, norms_of(wide, total, dense) if report else None
 
 
-def _dense(result: Result) -> Tensor:
+def _dense(result: Tensor | Requantized | nn.Linear) -> Tensor:
     """The values that the layer will have."""
     if isinstance(result, Tensor):
         return result
     return result.dense if isinstance(result, Requantized) else result.weight
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite. NaN and infinity pass on to a sum, so one pass tells; unless it overflows."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _row(name: str, wide: Tensor, total: Tensor, result: Tensor) -> MergedWeight:
-    size = float((total - wide).norm())
-    weight = float(wide.norm())
-    lost = 0.0 if result is total else float((result.to(total.dtype) - total).norm())
-    return MergedWeight(name, size / weight if weight else float("inf"), lost / size if size else 0.0)
+def _row(name: str, norms: Norms) -> MergedWeight:
+    change = norms.change / norms.weight if norms.weight else float("inf")
+    return MergedWeight(name, change, norms.lost / norms.change if norms.change else 0.0)
 
 
 def _owners(root: nn.Module) -> dict[int, int]:

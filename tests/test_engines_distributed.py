@@ -112,6 +112,43 @@ def fsdp_save(rank, folder, mode):
         assert torch.equal(tensor, wanted[key])
 
 
+def flat_ddp(rank, folder, bucket_view, by):
+    model, x, *_ = prepared("auto")
+    other = copy.deepcopy(model)
+    flat = lk.flat_parameter(other)
+    wrapped = [DistributedDataParallel(each, gradient_as_bucket_view=bucket_view) for each in (model, other)]
+    optimizers = [torch.optim.AdamW(tensors, lr=0.01) for tensors in (lk.adapter_parameters(model), [flat])]
+    for _ in range(3):
+        for each, optimizer in zip(wrapped, optimizers, strict=True):
+            each(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+            optimizer.step()
+            (each if by == "model" else optimizer).zero_grad()
+    for got, wanted in zip(lk.adapter_parameters(other), lk.adapter_parameters(model), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def flat_fsdp(rank, folder):
+    model, x, *_ = prepared("auto")
+    flat = lk.flat_parameter(model)
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    with pytest.raises(lk.LorakitError, match="fully_shard"):
+        optimizer.step()
+    with pytest.raises(lk.LorakitError, match="DTensor"):
+        lk.flat_parameter(model)
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+@pytest.mark.parametrize("by", ["model", "optimizer"])
+def test_a_flat_parameter_trains_under_ddp_as_the_separate_tensors_do(bucket_view, by, tmp_path):
+    in_processes(flat_ddp, tmp_path, bucket_view, by)
+
+
+def test_a_flat_parameter_and_shards_are_refused(tmp_path):
+    in_processes(flat_fsdp, tmp_path)
+
+
 @over_modes
 def test_ddp_trains_as_one_process(mode, tmp_path):
     in_processes(ddp, tmp_path, mode)

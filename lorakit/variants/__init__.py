@@ -5,7 +5,7 @@ from lorakit.variants.dora import DoRA
 from lorakit.variants.full import Full, Rows
 from lorakit.variants.loha import LoHa
 from lorakit.variants.lokr import LoKr
-from lorakit.variants.lora import LoRA, LowRankParametrization
+from lorakit.variants.lora import LoRA, LowRankParametrization, SubtractedUpdate
 from lorakit.variants.lora_fa import LoRAFA
 from lorakit.variants.low_rank import LowRank
 from lorakit.variants.updates import DenseUpdate, FactoredUpdate
@@ -27,6 +27,7 @@ __all__ = [
     "LowRank",
     "LowRankParametrization",
     "Rows",
+    "SubtractedUpdate",
     "TripletUpdate",
     "Variant",
     "VeRA",

@@ -136,6 +136,11 @@ class SubtractedUpdate(ScaledUpdate):
     A0: Tensor
     B0: Tensor
 
+    def product(self, weight: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Strength·s·[B, −B₀] and [A; A₀] as matrices, (d, 2r) and (2r, k), after the stack's axis if there is one."""
+        saved, inner = self.saved(), self._axis + 1
+        return (saved["B"] * (self.scale * strength)).flatten(inner), saved["A"].flatten(inner)
+
     def delta_weight(self, weight: Tensor) -> Tensor:
         """s·(B·A − B₀·A₀)."""
         now = self.kind.delta_weight(weight, self.A, self.B * self.scale)

@@ -73,6 +73,13 @@ class FactoredUpdate(ScaledUpdate):
         """A and B, in the shapes of `kind.factor_shapes`."""
 
     @final
+    def product(self, weight: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Strength·s·B and A as matrices, (d, r) and (r, k), after the stack's axis if there is one."""
+        A, B = self.factors()
+        inner, scale = len(self.kind.matrix_shape(weight)) - 1, self.scale * strength
+        return (B if scale == 1 else B * scale).flatten(inner), A.flatten(inner)
+
+    @final
     def delta_weight(self, weight: Tensor) -> Tensor:
         """s·B·A."""
         A, B = self.factors()
