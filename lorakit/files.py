@@ -20,8 +20,8 @@ from lorakit.header import Header, WeightEntry, file_key, parse_header, variant_
 from lorakit.loading import build_additions
 from lorakit.peft_config import header_from_peft, peft_config, peft_disagreements
 from lorakit.plan import Plan
-from lorakit.state import State, check_addition, check_complete, one_name, require, root_of, sites
-from lorakit.storage import read_json_object, read_tensors, write_whole
+from lorakit.state import State, check_addition, check_complete, one_name, require, sites
+from lorakit.storage import all_finite, read_json_object, read_tensors, write_whole
 
 Verify = Literal["sample", "off"]
 
@@ -71,7 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if any(tensor.is_meta for tensor in tensors.values()):
         raise LorakitError(f"adapter {name!r} is not saved: it is on 'meta' and has no values")
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    bad = [key for key, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
         raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
     header = Header(name, state.variants[name], _entries(root, state, name))
@@ -129,8 +129,7 @@ def load(
     path = Path(path)
     header, tensors = _read(path)
     name = header.name if name is None else name
-    check_addition(model, name)
-    root = root_of(model)
+    root = check_addition(model, name)
     plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
     add(root, name, plan.variant, additions, trainable=trainable)
     return plan

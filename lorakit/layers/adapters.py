@@ -6,6 +6,7 @@ updates act is read at every call from one `Selection` that the whole model shar
 whatever the number of layers and of resident adapters.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,9 +76,22 @@ class Update(nn.Module, ABC):
         """Take the tensors that `saved` gave, as they are: their dtype and device are kept."""
         for name, tensor in tensors.items():
             if name in self._parameters:
-                tensor = nn.Parameter(tensor)
-            setattr(self, name, tensor)
+                self._parameters[name] = nn.Parameter(tensor)
+            else:
+                setattr(self, name, tensor)
         self.place()
+
+    @final
+    def restored(self, tensors: Mapping[str, Tensor]) -> "Update":
+        """Another update like this one, with the tensors that `saved` gave.
+
+        They share nothing that can change: in a small part of the time of a deepcopy, if there are no modules inside.
+        """
+        update = copy.copy(self)
+        held = {name: value for name, value in vars(self).items() if isinstance(value, dict | list | set)}
+        vars(update).update(copy.deepcopy(held) if self._modules else {name: held[name].copy() for name in held})
+        update.restore(tensors)
+        return update
 
     def place(self) -> None:
         """Make anew what no file holds, where the other tensors now are. Called when they were moved or replaced."""
