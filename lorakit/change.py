@@ -81,11 +81,12 @@ def _add_one(addition: Addition, name: str, selection: Selection, trainable: boo
     if adapters is None:
         adapters = Adapters()
     if parameter not in adapters:
-        adapters.add_module(parameter, AdaptedWeight(selection))
+        adapters[parameter] = AdaptedWeight(selection)
     for tensor in update.parameters():
-        tensor.requires_grad_(trainable)
-    adapters[parameter].add_module(name, update)
-    for module in (adapters, adapters[parameter], update):  # the other updates there have the layer's mode
+        if tensor.requires_grad != trainable:
+            tensor.requires_grad_(trainable)
+    adapters[parameter][name] = update
+    for module in (update, adapters[parameter], adapters):  # the updates that were there have the layer's mode
         if module.training != layer.training:
             module.train(layer.training)
     install(layer, adapters)

@@ -83,13 +83,13 @@ class Update(nn.Module, ABC):
 
     @final
     def restored(self, tensors: Mapping[str, Tensor]) -> "Update":
-        """Another update like this one, with the tensors that `saved` gave.
-
-        They share nothing that can change: in a small part of the time of a deepcopy, if there are no modules inside.
-        """
-        update = copy.copy(self)
-        held = {name: value for name, value in vars(self).items() if isinstance(value, dict | list | set)}
-        vars(update).update(copy.deepcopy(held) if self._modules else {name: held[name].copy() for name in held})
+        """Another update like this one, with the tensors that `saved` gave; the two share nothing that changes."""
+        if self._modules:
+            update = copy.deepcopy(self)
+        else:  # the same, in a tenth of the time
+            update = type(self).__new__(type(self))
+            for name, value in vars(self).items():
+                vars(update)[name] = value.copy() if isinstance(value, _CONTAINERS) else value
         update.restore(tensors)
         return update
 
@@ -112,11 +112,17 @@ class Update(nn.Module, ABC):
             self.place()
 
 
+_CONTAINERS = (dict, list, set)
+
+
 class _Children(nn.Module):
     """Child modules by name. Unlike `nn.ModuleDict` it has no method names, so a child may be called "keys"."""
 
     def __getitem__(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
