@@ -80,15 +80,16 @@ def _add_one(addition: Addition, name: str, selection: Selection, trainable: boo
     adapters, parameter = adapters_of(layer), update.kind.parameter
     if adapters is None:
         adapters = Adapters()
+        adapters.training = layer.training
     if parameter not in adapters:
-        adapters[parameter] = AdaptedWeight(selection)
+        adapters._modules[parameter] = AdaptedWeight(selection)
+        adapters[parameter].training = layer.training
+    if update.training != layer.training:
+        update.train(layer.training)
     for tensor in update.parameters():
         if tensor.requires_grad != trainable:
             tensor.requires_grad_(trainable)
-    adapters[parameter][name] = update
-    for module in (update, adapters[parameter], adapters):  # the updates that were there have the layer's mode
-        if module.training != layer.training:
-            module.train(layer.training)
+    adapters[parameter].put(name, update)
     install(layer, adapters)
 
 
@@ -107,6 +108,7 @@ def drop(root: nn.Module, state: State, name: str) -> None:
             install(site.layer, adapters)
     state.variants.pop(name, None)
     state.weights.pop(name, None)
+    state.selection.forget(name)
     rows = state.selection.rows
     state.selection.choose(
         [chosen for chosen in state.selection.active if chosen[0] != name], None if name in (rows or ()) else rows

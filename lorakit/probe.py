@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Inputs, Update
+from lorakit.layers import Inputs, Strength, Term, Update
 from lorakit.state import Site, check_complete, one_name, require, sites
 from lorakit.switch import active
 from lorakit.tables import table
@@ -130,19 +130,23 @@ class _Spy(Update):
         self.asked = True
         return self.update.delta_weight(weight)
 
-    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         self.asked = True
         return self.update.beside(layer, inputs, base, y, strength)
+
+    def term(self, strength: Strength) -> Term | None:
+        self.asked = True
+        return self.update.term(strength)
 
 
 @contextmanager
 def _watched(site: Site, name: str) -> Iterator[_Spy]:
     spy = _Spy(site.adapted[name])
-    site.adapted._modules[name] = spy
+    site.adapted.put(name, spy)
     try:
         yield spy
     finally:
-        site.adapted._modules[name] = spy.update
+        site.adapted.put(name, spy.update)
 
 
 @contextmanager

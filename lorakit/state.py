@@ -129,6 +129,8 @@ def state_of(root: nn.Module) -> State:
     """The state that lies in this very module."""
     state = vars(root)[KEY]
     assert isinstance(state, State)
+    if state.selection.tables is None:  # a copy
+        state.selection.reindex(site.adapted for site in sites(root))
     return state
 
 

@@ -6,14 +6,16 @@ from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.convolution import Convolution, TransposedConvolution
 from lorakit.layers.embedding import Embedding, EmbeddingBag, ReadEmbedding
 from lorakit.layers.foreign import Foreign, as_foreign, check_read, dense_weight, outline, stored_dtype
-from lorakit.layers.install import adapters_of, base_weight, check_changeable, install, uninstall
+from lorakit.layers.install import adapters_of, check_changeable, install, uninstall
 from lorakit.layers.kind import (
     CalledKind,
     Inputs,
     Kind,
     LastAxisKind,
     Parts,
+    VectorKind,
     accumulation_dtype,
+    base_weight,
     in_dtype,
     kinds_of,
     parameter_names,
@@ -27,6 +29,7 @@ from lorakit.layers.parameter import Parameter
 from lorakit.layers.requantize import Requantized, plain_linear, replace_layer, requantized
 from lorakit.layers.slices import Slices
 from lorakit.layers.stored import scheme_of, stored_tensors
+from lorakit.layers.thin import Strength, Term
 from lorakit.layers.transposed import TransposedLinear
 
 KINDS: tuple[type[Kind], ...] = (
@@ -65,9 +68,12 @@ __all__ = [
     "Requantized",
     "Selection",
     "Slices",
+    "Strength",
+    "Term",
     "TransposedConvolution",
     "TransposedLinear",
     "Update",
+    "VectorKind",
     "accumulation_dtype",
     "adapters_of",
     "as_foreign",

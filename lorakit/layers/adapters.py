@@ -9,30 +9,86 @@ whatever the number of layers and of resident adapters.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.layers.kind import Inputs, Kind, accumulation_dtype
+from lorakit.layers.thin import Strength, Term
 
 Mode = Literal["beside", "weight"]
+
+
+Table = list["Update | None"]
+"""The updates of one adapter, at the places of the weights they are for; None where it has none."""
 
 
 @final
 @dataclass
 class Selection:
-    """The adapters that act now. One object per model, shared by all its layers."""
+    """The adapters that act now. One object per model, shared by all its layers.
+
+    Every adapted weight has a place, a number, and every adapter a table of its updates by place. To switch is to point
+    at another table: a layer then finds its update without a name to look up, and code that `torch.compile` made finds
+    other tensors in the same place. Tables are not copied or pickled with a part of the model, which would drag along
+    all the rest; a copy looks its updates up by name until `reindex` is called.
+    """
 
     active: tuple[tuple[str, float], ...] = ()
     """Each with its strength."""
     rows: tuple[str | None, ...] | None = None
     """If there is a choice for each row of the batch: the adapter of each row, None for the base."""
+    tables: dict[str, Table] | None = field(default_factory=dict)
+    """None in a copy."""
+    acting: list[tuple[Table, float]] | None = field(default_factory=list)
+    """The tables of the active adapters, each with its strength; None in a copy."""
+    strengths: list[Tensor] = field(default_factory=list)
+    """The strengths again, for compiled code, which would be compiled anew for every other float."""
 
     def choose(self, active: Iterable[tuple[str, float]], rows: Iterable[str | None] | None = None) -> None:
         """Change the choice."""
         self.active, self.rows = tuple(active), None if rows is None else tuple(rows)
+        if self.tables is not None:
+            self.acting = [(self.tables[name], strength) for name, strength in self.active]
+            self.strengths = [scalar(strength) for _, strength in self.active]
+
+    def enter(self, name: str, adapted: "AdaptedWeight") -> None:
+        """Put the adapter's update of this weight into its table."""
+        if self.tables is None:
+            return
+        if adapted.place is None:
+            taken = max((len(table) for table in self.tables.values()), default=0)
+            adapted.place = taken
+        table = self.tables.setdefault(name, [])
+        table.extend([None] * (adapted.place + 1 - len(table)))
+        table[adapted.place] = adapted[name]
+
+    def forget(self, name: str) -> None:
+        """Give up the adapter's table."""
+        if self.tables is not None:
+            self.tables.pop(name, None)
+
+    def reindex(self, weights: Iterable["AdaptedWeight"]) -> None:
+        """Make the tables anew, for a copy."""
+        self.tables = {}
+        for place, adapted in enumerate(weights):
+            adapted.place = place
+            for name in adapted:
+                self.enter(name, adapted)
+        self.choose(self.active, self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self.active, "rows": self.rows, "tables": None, "acting": None, "strengths": []}
+
+
+@lru_cache(maxsize=256)
+def scalar(value: float) -> Tensor:
+    """A number as a tensor, made once."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class Update(nn.Module, ABC):
@@ -53,8 +109,12 @@ class Update(nn.Module, ABC):
         """ΔW, how the base weight changes, in its shape and in the update's dtype, of at least 32 bits."""
 
     @abstractmethod
-    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         """The output y with strength times what this update adds to the layer's own output `base`."""
+
+    def term(self, strength: Strength) -> Term | None:
+        """The two factors and numbers that make up strength·ΔW, if ΔW is one product now; else None."""
+        return None
 
     def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """W + strength·ΔW in the weight's dtype, or W itself when not enabled."""
@@ -64,9 +124,10 @@ class Update(nn.Module, ABC):
         return self.add_to(wide, weight, strength).to(weight.dtype)
 
     @final
-    def add_to(self, total: Tensor, weight: Tensor, strength: float) -> Tensor:
+    def add_to(self, total: Tensor, weight: Tensor, strength: Strength) -> Tensor:
         """Total + strength·ΔW of the base weight."""
-        return torch.add(total, self.delta_weight(weight).to(total.dtype), alpha=strength)
+        change = self.delta_weight(weight).to(total.dtype)
+        return total + change * strength if isinstance(strength, Tensor) else torch.add(total, change, alpha=strength)
 
     def saved(self) -> dict[str, Tensor]:
         """What a file holds of it, by the names of `Variant.file_names`."""
@@ -121,9 +182,6 @@ class _Children(nn.Module):
     def __getitem__(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
 
-    def __setitem__(self, name: str, module: nn.Module) -> None:
-        self._modules[name] = module
-
     def __contains__(self, name: str) -> bool:
         return name in self._modules
 
@@ -138,6 +196,9 @@ class _Children(nn.Module):
 class AdaptedWeight(_Children):
     """The updates of one weight: adapter name → `Update`."""
 
+    place: int | None = None
+    """Where the adapters' tables have the updates of this weight."""
+
     def __init__(self, selection: Selection) -> None:
         super().__init__()
         self.selection = selection
@@ -145,20 +206,29 @@ class AdaptedWeight(_Children):
     def __getitem__(self, name: str) -> Update:
         return cast(Update, self._modules[name])
 
-    def acting(self) -> tuple[list[tuple[Update, float]], list[tuple[Update, float]]]:
-        """The updates that act now beside the call, and those in the weight, in the order of activation.
+    def put(self, name: str, update: Update) -> None:
+        """The adapter's update of this weight from now on."""
+        self._modules[name] = update
+        self.selection.enter(name, self)
 
-        Each with its strength. This runs at every call of the layer.
+    def acting(self) -> list[tuple[Update, Strength]]:
+        """The updates that act now, in the order of activation, each with its strength.
+
+        This runs at every call of the layer.
         """
-        beside: list[tuple[Update, float]] = []
-        weight: list[tuple[Update, float]] = []
-        updates = cast(dict[str, Update], self._modules)
-        for name, strength in self.selection.active:
-            if name in updates:
-                update = updates[name]
-                if update.enabled:
-                    (beside if update.mode == "beside" else weight).append((update, strength))
-        return beside, weight
+        selection, place = self.selection, self.place
+        found: list[tuple[Update, Strength]] = []
+        if selection.acting is None or place is None:  # a copy
+            for name, strength in selection.active:
+                if name in self._modules and self[name].enabled:
+                    found.append((self[name], strength))
+            return found
+        compiling = torch.compiler.is_compiling()
+        for i, (table, strength) in enumerate(selection.acting):
+            update = table[place] if place < len(table) else None
+            if update is not None and update.enabled:
+                found.append((update, selection.strengths[i] if compiling else strength))
+        return found
 
     def beside_kind(self) -> Kind:
         """The kind of the updates beside the call."""
@@ -172,6 +242,9 @@ class AdaptedWeight(_Children):
 @final
 class Adapters(_Children):
     """All that was added to one layer: parameter name → `AdaptedWeight`. It is the layer's child `lora`."""
+
+    stands_in: bool = False
+    """Whether the layer's forward is ours."""
 
     def __getitem__(self, parameter: str) -> AdaptedWeight:
         return cast(AdaptedWeight, self._modules[parameter])

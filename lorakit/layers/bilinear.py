@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lorakit.layers.kind import Inputs, Kind, LastAxisKind, flat_shape, register_kind, runs_its_own_forward
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.thin import Strength
 
 
 @final
@@ -41,7 +42,7 @@ class Bilinear(LastAxisKind):
         x1, x2 = inputs
         return F.bilinear(x1, x2.to(weight.dtype), weight)
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
         """Y + scale·(x1ᵀ·A·x2)·Bᵀ; x1: (..., in1), x2: (..., in2), y: (..., out)."""
         x1, x2 = inputs
         h = F.bilinear(x1, x2.to(A.dtype), A)

@@ -20,9 +20,11 @@ from lorakit.layers.kind import (
     Kind,
     flat_shape,
     register_kind,
+    rescaled,
     runs_its_own_forward,
 )
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.thin import Strength
 
 _PLAIN: dict[int, Callable[..., Tensor]] = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -42,15 +44,10 @@ class _ChannelsKind(CalledKind, ABC):
         return y.dim() == len(cast(nn.Conv2d, layer).kernel_size) + 2
 
     @final
-    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
-        """Y − bias."""
-        bias = cast(nn.Conv2d, layer).bias
-        return y if bias is None else y - _by_channel(layer, bias.to(y.dtype))
-
-    @final
     def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
-        """Y·factor for each channel."""
-        return y * _by_channel(layer, factor)
+        """Y·factor + (1 − factor)·bias for each channel."""
+        bias = cast(nn.Conv2d, layer).bias
+        return rescaled(y, _by_channel(layer, factor), None if bias is None else _by_channel(layer, bias))
 
 
 def _by_channel(layer: nn.Module, vector: Tensor) -> Tensor:
@@ -87,7 +84,7 @@ class Convolution(_ChannelsKind):
         """The convolution with this weight; torch's own helper applies the padding mode, "same" and all."""
         return cast(Tensor, cast(nn.Conv2d, layer)._conv_forward(inputs[0], weight, None))
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
         """Y + scale·B(A(x)); x: (N, in, *size) or (in, *size)."""
         groups = cast(nn.Conv2d, layer).groups
         h = self.call(layer, inputs, y, A.repeat(groups, *(1 for _ in A.shape[1:])))  # r channels for each group
@@ -122,7 +119,7 @@ class TransposedConvolution(_ChannelsKind):
         sizes = (weight.shape[1], weight.shape[0] // self.groups, *weight.shape[2:])
         return matrix.reshape(self.groups, *sizes).transpose(1, 2).reshape(weight.shape)
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
         """Y + scale·B(A(x)); x: (N, in, *size) or (in, *size)."""
         groups = cast(nn.ConvTranspose2d, layer).groups
         kernel = A.transpose(0, 1).repeat(groups, *(1 for _ in A.shape[1:]))  # (in, r, *kernel)

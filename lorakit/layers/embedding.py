@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lorakit.layers.kind import CalledKind, Inputs, Kind, LastAxisKind, register_kind, runs_its_own_forward
 from lorakit.layers.parameter import Parameter
+from lorakit.layers.thin import Strength
 
 
 class _Table(Kind, ABC):
@@ -59,7 +60,7 @@ class Embedding(_Table, CalledKind):
     takes: ClassVar[Literal["vectors", "indices", "other"]] = "indices"
     padding_idx: int | None
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
         """Y + scale·A[:, x]ᵀ·Bᵀ; x: (...) of indices, y: (..., dim)."""
         (x, *_) = inputs
         update = F.linear(F.embedding(x, A.t()), B) * scale
@@ -75,12 +76,9 @@ class Embedding(_Table, CalledKind):
         """Unless y is a single row."""
         return y.dim() > 1
 
-    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
-        """The output itself: there is no bias."""
-        return y
-
     def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
         """Y·factor along the last axis, and y itself where the padding is looked up."""
+        y = y.to(torch.promote_types(y.dtype, factor.dtype))
         if self.padding_idx is None:
             return y * factor
         return torch.where((inputs[0] == self.padding_idx).unsqueeze(-1), y, y * factor)
@@ -95,7 +93,7 @@ class EmbeddingBag(_Table, LastAxisKind):
     arguments: ClassVar[tuple[str, ...]] = ("input", "offsets", "per_sample_weights")
     padding_idx: int | None
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
         """Y + scale·bag(A, x)·Bᵀ, for indices, offsets and weights of the samples."""
         return y + (F.linear(self.call(layer, inputs, y, A.t()), B) * scale).to(y.dtype)
 

@@ -7,27 +7,25 @@ arXiv:2305.14314, §3).
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, cast, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers.install import base_weight
-from lorakit.layers.kind import Inputs, Kind, LastAxisKind, kinds_of, register_kind, register_late
+from lorakit.layers.kind import Inputs, Kind, VectorKind, base_weight, kinds_of, register_kind, register_late
 from lorakit.layers.stored import as_floats, called, scheme_of, weight_object
-from lorakit.layers.thin import add_thin_product
+from lorakit.layers.thin import Term, add_thin_product
 
 
 @final
 @dataclass(frozen=True)
-class Foreign(LastAxisKind):
+class Foreign(VectorKind):
     """A linear layer with a weight of its own make. A is (r, in), B is (out, r); the sizes are the layer's word."""
 
     name: ClassVar[str] = "Linear (foreign)"
     may_sever: ClassVar[bool] = True
-    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
     inputs: int
     outputs: int
     scheme: str | None = None
@@ -56,10 +54,10 @@ class Foreign(LastAxisKind):
         self._check(layer, inputs[0], y)
         return F.linear(inputs[0].contiguous(), weight)  # as in `add_thin_product`
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor, term: Term) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
-        self._check(layer, inputs[0], y)
-        return add_thin_product(y, inputs[0], A, B, scale)
+        self._check(layer, x, y)
+        return add_thin_product(y, x, term)
 
     def _check(self, layer: nn.Module, x: Tensor, y: Any) -> None:
         """Whether the layer does what it says."""

@@ -1,4 +1,4 @@
-"""How updates reach a layer's computation: a forward hook for *beside*, a property of its class for *in the weight*.
+"""How updates reach a layer's computation: at its calls for *beside*, a property of its class for *in the weight*.
 
 In the weight, the layer's class becomes a subclass in which the parameter's name is a property: reading it gives the
 adapted weight, while the parameter itself stays where it was, under its own key in `_parameters`. That is the idea of
@@ -13,17 +13,16 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers.adapters import AdaptedWeight, Adapters, Update
-from lorakit.layers.kind import CalledKind, Inputs, accumulation_dtype, in_dtype
-from lorakit.layers.rows import by_row
-from lorakit.layers.severed import guarded
+from lorakit.layers.adapters import AdaptedWeight, Adapters
+from lorakit.layers.called import has_our_forward, unwatch, watch
+from lorakit.layers.kind import accumulation_dtype, base_weight
 
 
-class _Hooked(dict[str, Any]):
-    """The parameters of a layer that has our hook.
+class _Watched(dict[str, Any]):
+    """The parameters of a layer that has our hook or our forward.
 
-    Code that `torch.compile` made before the hook came would go on without it: compiled code checks no hooks. But it
-    does check the type of this mapping, and so it is left when the hook comes or goes, and taken up again later.
+    Code that `torch.compile` made before that came would go on without it: compiled code checks neither. But it does
+    check the type of this mapping, and so it is left when the hook comes or goes, and taken up again later.
     """
 
 
@@ -40,9 +39,9 @@ def install(layer: nn.Module, adapters: Adapters) -> None:
     uninstall(layer)
     layer.add_module("lora", adapters)
     if any(adapters[parameter].holds("beside") for parameter in adapters):
-        layer.register_forward_hook(_beside, prepend=True, with_kwargs=True)
+        watch(layer, adapters)
         if type(layer._parameters) is dict:
-            layer._parameters = _Hooked(layer._parameters)
+            layer._parameters = _Watched(layer._parameters)
     names = tuple(sorted(parameter for parameter in adapters if adapters[parameter].holds("weight")))
     if names:
         layer.__class__ = _reading_class(cast(Any, type(layer)), names)
@@ -52,9 +51,14 @@ def check_changeable(layer: nn.Module) -> None:
     """Whether adapters can be put on this layer and taken off.
 
     Raises:
-        LorakitError: its class was changed after it was adapted in the weight.
+        LorakitError: its class was changed after it was adapted in the weight, or its forward after it was adapted.
     """
-    cls = type(layer)
+    adapters, cls = adapters_of(layer), type(layer)
+    if adapters is not None and adapters.stands_in and not has_our_forward(layer):
+        raise LorakitError(
+            f"cannot change the adapters of a {cls.__name__}: its forward was replaced after attaching (by hooks of "
+            "accelerate, say); undo that first"
+        )
     if hasattr(cls, "_read_by_lorakit") and "_read_by_lorakit" not in vars(cls):
         raise LorakitError(
             f"cannot change the adapters of a {cls.__name__}: its class was changed after attaching (by fully_shard, "
@@ -69,10 +73,8 @@ def uninstall(layer: nn.Module) -> Adapters | None:
     if adapters is None:
         return None
     reading = "_read_by_lorakit" in vars(type(layer))
-    for key in [key for key, hook in layer._forward_hooks.items() if hook is _beside]:
-        del layer._forward_hooks[key]
-        layer._forward_hooks_with_kwargs.pop(key, None)
-    if isinstance(layer._parameters, _Hooked):
+    unwatch(layer, adapters)
+    if isinstance(layer._parameters, _Watched):
         layer._parameters = dict(layer._parameters)
     if reading:
         layer.__class__ = type(layer).__bases__[0]
@@ -82,61 +84,12 @@ def uninstall(layer: nn.Module) -> Adapters | None:
     return adapters
 
 
-def base_weight(layer: nn.Module, parameter: str) -> Tensor:
-    """The frozen weight itself, past any update."""
-    weight = layer._parameters.get(parameter)
-    if weight is not None:
-        return weight
-    # Not a plain parameter: a property of the layer's own class, by torch's parametrize for instance.
-    for owner in type(layer).__mro__:
-        if parameter in vars(owner).get("_read_by_lorakit", ()):
-            return cast(Tensor, getattr(super(owner, layer), parameter))
-    return cast(Tensor, getattr(layer, parameter))
-
-
-def _beside(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """The forward hook: the layer's output with every acting update added."""
-    y = output
-    for adapted in cast(dict[str, AdaptedWeight], cast(Adapters, layer._modules["lora"])._modules).values():
-        beside, weight = adapted.acting()
-        by_rows = adapted.selection.rows is not None and adapted.holds("beside")
-        if not beside and not by_rows:
-            continue
-        kind = cast(CalledKind, beside[0][0].kind if beside else adapted.beside_kind())
-        inputs = args if args and not kwargs else _inputs(kind, args, kwargs)
-        if kind.may_sever and y is output:
-            y = output = guarded(layer, inputs, output)
-        if by_rows:
-            y = by_row(layer, kind, adapted, inputs, output, y)
-        base = _base_output(layer, kind, weight, inputs, output) if weight else output
-        for update, strength in beside:
-            y = update.beside(layer, inputs, base, y, strength)
-    return y
-
-
-def _base_output(
-    layer: nn.Module, kind: CalledKind, weight: list[tuple[Update, float]], inputs: Inputs, output: Any
-) -> Any:
-    """What the layer returned, less what updates in the same weight gave to it: each is defined on the base alone."""
-    base = output
-    for update, strength in weight:
-        delta = update.delta_weight(base_weight(layer, kind.parameter))
-        change = kind.call(layer, in_dtype(kind, inputs, delta.dtype), output, delta)
-        base = base - (change * strength).to(base.dtype)
-    return base
-
-
-def _inputs(kind: CalledKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """What the layer was called with, in the order of forward's arguments."""
-    if not kwargs or not kind.arguments:
-        return args or tuple(kwargs.values())
-    return args + tuple(kwargs.get(name) for name in kind.arguments[len(args) :])
-
-
 def adapted_weight(weight: Tensor, adapted: AdaptedWeight) -> Tensor:
     """The weight with every update that acts in it. With none it is the very same object."""
     result = weight
-    for update, strength in adapted.acting()[1]:
+    for update, strength in adapted.acting():
+        if update.mode == "beside":
+            continue
         if result is weight:
             result = weight.to(accumulation_dtype(weight.dtype))  # rounded once, after the last update
         result = update.add_to(result, weight, strength)

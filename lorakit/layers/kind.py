@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.layers.thin import Strength, Term
 
 Inputs = tuple[Any, ...]
 """What a layer is called with, in the order of its forward's arguments."""
@@ -78,10 +79,10 @@ class CalledKind(Kind):
     """Whether such a layer may give no gradient to its input; then it is watched for that."""
 
     @abstractmethod
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
         """Y + scale·B(A(inputs)) for the layer's inputs and output y.
 
-        `inputs[0]` is in A's dtype, unless it holds indices; the result is in y's.
+        `inputs[0]` is in A's dtype, unless it holds indices or the kind takes vectors; the result is in y's.
         """
 
     @abstractmethod
@@ -93,12 +94,11 @@ class CalledKind(Kind):
         """Whether the first axis of the output y is the batch's, and so that of the inputs."""
 
     @abstractmethod
-    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
-        """The layer's output less its bias."""
-
-    @abstractmethod
     def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
-        """The output y, without bias, with each row of the matrix multiplied by its factor; factor: (d,)."""
+        """The output y with each row of the matrix multiplied by its factor, (d,), and the bias as it is.
+
+        In the wider of their dtypes; a factor of 1 changes no bit.
+        """
 
 
 class LastAxisKind(CalledKind):
@@ -110,16 +110,34 @@ class LastAxisKind(CalledKind):
         return y.dim() > 1
 
     @final
-    def without_bias(self, layer: nn.Module, y: Tensor) -> Tensor:
-        """Y − bias; y: (..., d)."""
+    def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
+        """Y·factor + (1 − factor)·bias along the last axis."""
         bias: Any = getattr(layer, "bias", None)
         bias = bias() if callable(bias) else bias  # a method of some quantized layers
-        return y if bias is None else y - bias.to(y.dtype)
+        return rescaled(y, factor, bias)
+
+
+class VectorKind(LastAxisKind, ABC):
+    """A layer that is called with vectors (..., k) and applies its matrix to each, and nothing else but a bias."""
+
+    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
+
+    @abstractmethod
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor, term: Term) -> Tensor:
+        """Y and what the term adds to it, x and A in any dtypes."""
 
     @final
-    def scale_rows(self, layer: nn.Module, inputs: Inputs, y: Tensor, factor: Tensor) -> Tensor:
-        """Y·factor along the last axis."""
+    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
+        """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., k), y: (..., d)."""
+        return self.add(layer, inputs[0], y, (A, B, scale, 0.0))
+
+
+def rescaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """Y·factor + (1 − factor)·bias, in one pass over y; factor and bias laid out to broadcast."""
+    y = y.to(torch.promote_types(y.dtype, factor.dtype))
+    if bias is None:
         return y * factor
+    return torch.addcmul((1 - factor) * bias.to(y.dtype), y, factor)
 
 
 def in_dtype(kind: Kind, inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -194,13 +212,30 @@ def parameter_names(layer: nn.Module) -> Iterator[str]:
         yield from cast(nn.Module, layer._modules["parametrizations"])._modules
 
 
+def base_weight(layer: nn.Module, parameter: str) -> Tensor:
+    """The frozen weight itself, past any update."""
+    weight = layer._parameters.get(parameter)
+    if weight is not None:
+        return weight
+    # Not a plain parameter: a property of the layer's own class, by torch's parametrize for instance.
+    for owner in type(layer).__mro__:
+        if parameter in vars(owner).get("_read_by_lorakit", ()):
+            return cast(Tensor, getattr(super(owner, layer), parameter))
+    return cast(Tensor, getattr(layer, parameter))
+
+
+STAND_INS: set[Any] = set()
+"""The functions here that take the place of a layer's forward while it is adapted."""
+
+
 def runs_its_own_forward(layer: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether calling the layer does something else than torch's forward of one of these classes.
 
     s·BA then belongs into whatever it computes from its weight. Accelerate's forward, which moves weights between
     devices, is marked as such and computes the same.
     """
-    patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    own = vars(layer).get("forward")
+    patched = own is not None and not hasattr(layer, "_hf_hook") and getattr(own, "func", None) not in STAND_INS
     return patched or all(type(layer).forward is not cls.forward for cls in classes)
 
 

@@ -1,7 +1,7 @@
 """`nn.Linear`: W is (out, in), so d = out and k = in."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +11,7 @@ from lorakit.layers.foreign import foreign_kind
 from lorakit.layers.kind import (
     Inputs,
     Kind,
-    LastAxisKind,
+    VectorKind,
     flat_factor_shapes,
     flat_shape,
     register_kind,
@@ -19,16 +19,15 @@ from lorakit.layers.kind import (
 )
 from lorakit.layers.parameter import Parameter
 from lorakit.layers.stored import scheme_of
-from lorakit.layers.thin import add_thin_product
+from lorakit.layers.thin import Term, add_thin_product
 
 
 @final
 @dataclass(frozen=True)
-class Linear(LastAxisKind):
+class Linear(VectorKind):
     """A linear layer that is called. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Linear"
-    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -52,9 +51,9 @@ class Linear(LastAxisKind):
         """x·Wᵀ; x: (..., in)."""
         return F.linear(inputs[0].contiguous(), weight)  # as in `add_thin_product`
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor, term: Term) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
-        return add_thin_product(y, inputs[0], A, B, scale)
+        return add_thin_product(y, x, term)
 
 
 @register_kind

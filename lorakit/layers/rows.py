@@ -1,6 +1,6 @@
 """An adapter for each row of a batch."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,7 @@ from lorakit.layers.adapters import AdaptedWeight
 from lorakit.layers.kind import CalledKind, Inputs
 
 
-def by_row(
-    layer: nn.Module, kind: CalledKind, adapted: AdaptedWeight, inputs: Inputs, base: Tensor, y: Tensor
-) -> Tensor:
+def by_row(layer: nn.Module, adapted: AdaptedWeight, inputs: Inputs, base: Tensor, y: Tensor) -> Tensor:
     """The output y with the update of each row's adapter; rows of the base alone stay as they are to the bit.
 
     Each adapter computes its own rows alone, if all inputs have that axis.
@@ -22,6 +20,7 @@ def by_row(
     acting = [name for name in dict.fromkeys(names) if name is not None and name in adapted and adapted[name].enabled]
     if not acting:
         return y
+    kind = cast(CalledKind, adapted[acting[0]].kind)
     if not kind.has_rows(layer, base) or base.shape[0] != len(names):
         raise LorakitError(
             f"a {type(layer).__name__} returned {tuple(base.shape)}, where per_row was given {len(names)} rows: its "

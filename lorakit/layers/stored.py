@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers.install import base_weight
+from lorakit.layers.kind import base_weight
 
 
 def scheme_of(weight: Any) -> str | None:

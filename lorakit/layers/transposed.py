@@ -1,21 +1,20 @@
 """Transformers' `Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
-from lorakit.layers.kind import Inputs, Kind, LastAxisKind, register_late
-from lorakit.layers.thin import add_thin_product
+from lorakit.layers.kind import Inputs, Kind, VectorKind, register_late
+from lorakit.layers.thin import Term, add_thin_product
 
 
 @final
 @dataclass(frozen=True)
-class TransposedLinear(LastAxisKind):
+class TransposedLinear(VectorKind):
     """A linear layer whose weight is (in, out): d = out, k = in. A is (r, in), B is (out, r)."""
 
     name: ClassVar[str] = "Conv1D (transformers)"
-    takes: ClassVar[Literal["vectors", "indices", "other"]] = "vectors"
     parameter: str = "weight"
     is_linear: bool = True
 
@@ -40,9 +39,9 @@ class TransposedLinear(LastAxisKind):
         x: Tensor = inputs[0]
         return x @ weight
 
-    def beside(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor, term: Term) -> Tensor:
         """Y + scale·(x·Aᵀ)·Bᵀ; x: (..., in), y: (..., out)."""
-        return add_thin_product(y, inputs[0], A, B, scale)
+        return add_thin_product(y, x, term)
 
 
 @register_late("transformers.pytorch_utils", "Conv1D")

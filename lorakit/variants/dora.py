@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, accumulation_dtype, dense_weight
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Strength, accumulation_dtype, dense_weight
 from lorakit.variants.low_rank import LowRank, low_rank_arguments
 from lorakit.variants.starts import start
 from lorakit.variants.updates import ScaledUpdate
@@ -76,14 +76,15 @@ class MagnitudeUpdate(ScaledUpdate):
         change = self._factor(weight).unsqueeze(-1) * matrix - self.kind.matrix_of(W)
         return self.kind.weight_of(change, weight)
 
-    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
-        """Y + strength·(g·(W·x + s·B·A·x) − W·x)."""
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
+        """Y + strength·(g·(W·x + s·B·A·x) − W·x): the base's output rescaled, and LoRA's product with g·B."""
         kind = cast(CalledKind, self.kind)
-        inputs = self.inputs_of(inputs, self.A.dtype)
-        plain = kind.without_bias(layer, base.to(self.A.dtype))
-        both = kind.beside(layer, inputs, plain, self.A, self.B, self.scale)
-        scaled = kind.scale_rows(layer, inputs, both, self._factor(dense_weight(layer, kind)))
-        return y + ((scaled - plain) * strength).to(y.dtype)
+        g = self._factor(dense_weight(layer, kind))
+        part = g if isinstance(strength, float) and strength == 1 else 1 + strength * (g - 1)
+        scaled = kind.scale_rows(layer, inputs, base, part)
+        total = scaled if y is base else scaled + (y - base)
+        B = self.B * g.view(-1, *(1 for _ in self.B.shape[1:]))
+        return self.add_product(layer, inputs, total, self.A, B, self.scale * strength).to(y.dtype)
 
     def _factor(self, weight: Tensor) -> Tensor:
         """g, (d,) or (E, d); 1 for a row that is zero, which has no direction to rescale."""

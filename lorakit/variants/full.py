@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, accumulation_dtype, dense_weight, in_dtype
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Strength, Update, accumulation_dtype, dense_weight, in_dtype
 from lorakit.variants.checks import checked_integer
 from lorakit.variants.variant import Variant
 
@@ -55,7 +55,7 @@ class FullUpdate(Update):
             return change
         return self.kind.weight_of(self.kind.matrix_of(change), weight)
 
-    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         """Y + strength·(the layer with V − W for its weight)."""
         kind = cast(CalledKind, self.kind)
         delta = self.delta_weight(dense_weight(layer, kind))
@@ -128,7 +128,7 @@ class RowsUpdate(Update):
         zero = torch.zeros_like(weight, dtype=change.dtype)
         return zero.index_copy(0, self.rows, change)
 
-    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         """Y + strength·(the layer with ΔW for its weight); of a plain look-up, without forming that."""
         kind = cast(CalledKind, self.kind)
         weight = dense_weight(layer, kind)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Inputs, Kind, Mode, Update, in_dtype, outline
+from lorakit.layers import CalledKind, Inputs, Kind, Mode, Strength, Term, Update, VectorKind, in_dtype, outline
 
 
 def check_dropout(dropout: float, kind: Kind, mode: Mode) -> None:
@@ -37,10 +37,18 @@ class ScaledUpdate(Update):
         self.dropout = dropout
 
     @final
-    def inputs_of(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
-        """What it gets of the layer's inputs: in its own dtype, with entries dropped."""
-        if not self.kind.lookup and inputs[0].dtype != dtype:
-            inputs = in_dtype(self.kind, inputs, dtype)
+    def add_product(self, layer: nn.Module, inputs: Inputs, y: Tensor, A: Tensor, B: Tensor, scale: Strength) -> Tensor:
+        """Y + scale·B(A(inputs)), with entries of the input dropped in training."""
+        kind = cast(CalledKind, self.kind)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(kind, VectorKind):
+            return kind.add(layer, inputs[0], y, (A, B, scale, dropout))
+        return kind.beside(layer, self.dropped(inputs, A.dtype), y, A, B, scale)
+
+    @final
+    def dropped(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+        """The layer's inputs in this dtype, with entries dropped in training."""
+        inputs = in_dtype(self.kind, inputs, dtype)
         if self.dropout == 0 or not self.training:
             return inputs
         return (F.dropout(inputs[0], self.dropout), *inputs[1:])
@@ -65,11 +73,14 @@ class FactoredUpdate(ScaledUpdate):
         return self.kind.delta_weight(weight, A, B if self.scale == 1 else B * self.scale)
 
     @final
-    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         """Y + strength·s·B(A(x))."""
-        A, B = self.factors()
-        inputs = self.inputs_of(inputs, A.dtype)
-        return cast(CalledKind, self.kind).beside(layer, inputs, y, A, B, self.scale * strength)
+        return self.add_product(layer, inputs, y, *self.factors(), self.scale * strength)
+
+    @final
+    def term(self, strength: Strength) -> Term:
+        """A, B, strength·s and the dropout that acts now."""
+        return (*self.factors(), self.scale * strength, self.dropout if self.training else 0.0)
 
 
 class DenseUpdate(Update):
@@ -85,7 +96,7 @@ class DenseUpdate(Update):
         return self.kind.weight_of(self.matrix(), weight)
 
     @final
-    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: float) -> Tensor:
+    def beside(self, layer: nn.Module, inputs: Inputs, base: Tensor, y: Tensor, strength: Strength) -> Tensor:
         """Y + strength·(the layer with ΔW for its weight)."""
         kind = cast(CalledKind, self.kind)
         delta = kind.weight_of(self.matrix(), outline(layer, kind))
