@@ -29,8 +29,6 @@ def build_additions(
         LorakitError: it does not fit; the message lists everything that is wrong.
     """
     problems: list[str] = []
-    choices: list[Choice] = []
-    additions: list[Addition] = []
     left = dict(tensors)
     index = Index(root)
     if any(p is not None and p.is_meta for module in index.modules.values() for p in module._parameters.values()):
@@ -44,24 +42,21 @@ def build_additions(
         shapes = [place.kind.matrix_shape(place.outline) for _, place in found]
         header = replace(header, variant=header.variant.fit(shapes))
     sketches = Sketches()
+    chosen: list[tuple[WeightEntry, Choice]] = []
     for entry, place in found:
         try:
             problems += _base_problems(place, entry, check_values)
-            choice = sketches.choice(place, _variant_at(place, header.variant_of(entry)))
+            chosen.append((entry, sketches.choice(place, _variant_at(place, header.variant_of(entry)))))
         except LorakitError as error:
             problems.append(str(error))
             _forget(left, header, entry)
-            continue
-        values = _take(left, choice, header, entry, problems)
-        if values is not None:
-            additions.append(
-                Addition(place.parameter, place.layer, choice.sketch.update.restored(values), choice.variant)
-            )
-        choices.append(choice)
+    values = [_take(left, entry, choice, problems) for entry, choice in chosen]
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
+    choices = [choice for _, choice in chosen]
+    additions = [_filled(choice, mine, header.ours) for choice, mine in zip(choices, values, strict=True)]
     return plan_of(index, header.variant, choices, name), additions
 
 
@@ -115,33 +110,35 @@ def _place(index: Index, header: Header, entry: WeightEntry) -> Place:
     return place
 
 
-def _take(
-    left: dict[str, Tensor], choice: Choice, header: Header, entry: WeightEntry, problems: list[str]
-) -> dict[str, Tensor] | None:
-    """The tensors of one weight, taken out of those that are left; None if something is wrong with them."""
+def _take(left: dict[str, Tensor], entry: WeightEntry, choice: Choice, problems: list[str]) -> dict[str, Tensor]:
+    """The tensors of one weight, taken out of those that are left; what is wrong with them is added to the problems."""
     place, variant, sketch = choice
     values: dict[str, Tensor] = {}
-    wrong = []
     for tensor, shape in sketch.saved.items():
         key = file_key(entry.path, entry.parameter, variant.file_names[tensor], place.kind.lookup)
         value = left.pop(key, None)
-        problem = _tensor_problem(key, value, shape)
-        if problem is not None:
-            wrong.append(problem)
         if value is not None:
             values[tensor] = value
+        problem = _tensor_problem(key, value, shape)
+        if problem is not None:
+            problems.append(problem)
     dtypes = {value.dtype for value in values.values()}
     if len(dtypes) > 1:
-        wrong.append(f"the tensors of {entry.name!r} are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
-    problems += wrong
-    if wrong:
-        return None
-    # Copied out of the file's memory, whose alignment could change how a product rounds.
+        several = ", ".join(sorted(map(str, dtypes)))
+        problems.append(f"the tensors of {entry.name!r} are of several dtypes: {several}")
+    return values
+
+
+def _filled(choice: Choice, values: Mapping[str, Tensor], ours: bool) -> Addition:
+    """The update of one weight, with its tensors."""
+    place, variant, sketch = choice
     device = place.outline.device
-    return {
-        tensor: value.to(device, value.dtype if header.ours else accumulation_dtype(value.dtype), copy=True)
+    # Copied out of the file's memory, whose alignment could change how a product rounds.
+    tensors = {
+        tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype), copy=True)
         for tensor, value in values.items()
     }
+    return Addition(place.parameter, place.layer, sketch.update.restored(tensors), variant)
 
 
 def _forget(left: dict[str, Tensor], header: Header, entry: WeightEntry) -> None:
