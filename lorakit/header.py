@@ -78,7 +78,7 @@ class Header:
                 "version": _VERSION,
                 "name": self.name,
                 "variant": variant_to_json(self.variant),
-                "weights": [asdict(entry) for entry in self.weights],
+                "weights": [vars(entry) for entry in self.weights],
             },
             separators=(",", ":"),
         )

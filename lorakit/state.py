@@ -148,18 +148,20 @@ def require(model: nn.Module, names: list[str] | None = None) -> tuple[nn.Module
     return root, state
 
 
-def check_complete(root: nn.Module, state: State, name: str) -> None:
-    """Whether the adapter still sits on all the weights it was added to.
+def check_complete(root: nn.Module, state: State, name: str) -> list[Site]:
+    """The sites of an adapter, checked to be all the weights it was added to.
 
     Raises:
         LorakitError: a layer was replaced since; its part of the adapter went with it.
     """
-    lost = set(state.weights[name]) - {site.name for site in sites(root, name)}
+    found = sites(root, name)
+    lost = set(state.weights[name]) - {site.name for site in found}
     if lost:
         raise LorakitError(
             f"adapter {name!r} has lost {', '.join(map(repr, sorted(lost)))}: the layers were replaced after it was "
             "added; add it again, or put the layers back"
         )
+    return found
 
 
 def check_together(state: State, names: Collection[str]) -> None:
