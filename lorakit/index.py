@@ -34,7 +34,8 @@ class Index:
                     id(part) for own in parts_of(module).read if (part := module._modules.get(own)) is not None
                 }
             self.names[key].append(name)
-            self._note_scripted(name, module)
+            if self.scripted or isinstance(module, torch.jit.ScriptModule):
+                self._note_scripted(name, module)
             for own in parameter_names(module):
                 full = join(name, own)
                 self.parameters[full] = (key, own)

@@ -216,9 +216,10 @@ def _places(
     linear_only = pattern == "all-linear"
     kinds = [kind for kind in index.kinds[key] if kind.is_linear or not linear_only]
     parts = [] if linear_only else [module._modules[part] for part in parts_of(module).named if part in module._modules]
-    broad = is_glob(pattern) or not isinstance(pattern, str | type)
-    if not kinds and not parts and not (broad and not has_parameters(module)):
-        raise _not_adaptable(index, module, path)
+    if not kinds and not parts:
+        broad = is_glob(pattern) or not isinstance(pattern, str | type)
+        if not broad or has_parameters(module):
+            raise _not_adaptable(index, module, path)
     for kind in kinds:
         yield _placed(index, key, kind, mode)
     for part in parts:
