@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
-from lorakit.header import Header, WeightEntry, file_key, parse_header, variant_to_json
+from lorakit.header import Header, WeightEntry, file_key, parse_header
 from lorakit.loading import build_additions
 from lorakit.peft_config import header_from_peft, peft_config, peft_disagreements
 from lorakit.plan import Plan
@@ -97,7 +97,7 @@ def _entries(mine: list[Site], state: State, name: str) -> tuple[WeightEntry, ..
     entries = []
     for site in mine:
         own = state.weights[name][site.name]
-        entries.append(WeightEntry.of(site, name, None if own == state.variants[name] else variant_to_json(own)))
+        entries.append(WeightEntry.of(site, name, None if own == state.variants[name] else own))
     return tuple(entries)
 
 

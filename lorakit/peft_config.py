@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry, variant_to_json
+from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
 from lorakit.layers import TransposedLinear, kinds_of
 from lorakit.state import layers_of
 from lorakit.variants import VARIANTS, Full, Rows, Variant, VeRA
@@ -208,8 +208,7 @@ def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], p
 
 
 def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:
-    own = None if variant is None else variant_to_json(variant)
-    return WeightEntry(layer, parameter, None, None, None, None, own)
+    return WeightEntry(layer, parameter, None, None, None, None, variant)
 
 
 def _extra_entries(config: Mapping[str, Any], keys: Collection[str], path: Path) -> list[WeightEntry]:

@@ -125,7 +125,8 @@ class Sketches:
     """Sketches of updates, each made once for all weights of one kind, shape and dtype that get the same variant."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, tuple[Variant, Sketch]] = {}
+        self._variants: list[Variant] = []
+        self._made: dict[Any, Sketch] = {}
 
     def choice(self, place: Place, variant: Variant) -> Choice:
         """The place with what it gets, checked to have a meaning there.
@@ -135,14 +136,14 @@ class Sketches:
         """
         weight = place.outline
         check_read(place.layer, place.kind, variant.reads_weight)
-        # A variant is known by its identity: one of somebody else's need not be hashable.
-        key = id(variant), place.kind, place.mode, weight.shape, weight.dtype
+        if variant not in self._variants:  # a list: one of somebody else's need not be hashable
+            self._variants.append(variant)
+        key = self._variants.index(variant), place.kind, place.mode, weight.shape, weight.dtype
         if key not in self._made:
             update = variant.build(place.kind, torch.empty_like(weight, device="meta"), place.mode)
             sizes = {name: tuple(tensor.shape) for name, tensor in update.named_parameters()}
-            sketch = Sketch(update, sizes, sum(p.numel() * p.element_size() for p in update.parameters()))
-            self._made[key] = variant, sketch
-        return Choice(place, variant, self._made[key][1])
+            self._made[key] = Sketch(update, sizes, sum(p.numel() * p.element_size() for p in update.parameters()))
+        return Choice(place, variant, self._made[key])
 
 
 ByPattern = Mapping[str, float]
