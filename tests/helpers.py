@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -199,6 +200,8 @@ def _still(value: Any) -> Any:
         return weakref.ref  # a cache of torch's RNNs, which they check and renew at every call
     if isinstance(value, MethodType):
         return value.__func__, id(value.__self__)
+    if isinstance(value, partial):
+        return value.func, [id(arg) for arg in value.args], value.keywords
     if isinstance(value, nn.Parameter):
         return id(value), value.requires_grad, value.data_ptr()
     if is_dataclass(value) and not isinstance(value, type):

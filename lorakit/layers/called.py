@@ -66,12 +66,14 @@ def linear_forward(layer: nn.Module, adapted: AdaptedWeight, input: Tensor) -> T
     if weight is None or "bias" not in own:  # something computes them since: torch's parametrize, say
         weight, bias = cast(Tensor, layer.weight), cast(Any, layer.bias)
     acting = adapted.acting()
-    if adapted.selection.rows is None and acting:
-        first, *others = [update.term(strength) for update, strength in acting]
-        if first is not None and None not in others:
-            y = adapted_linear(input, weight, bias, first)
+    if acting and adapted.selection.rows is None:
+        update, strength = acting[0]
+        term = update.term(strength)
+        others = [other.term(strength) for other, strength in acting[1:]]
+        if term is not None and None not in others:
+            y = adapted_linear(input, weight, bias, term)
             for term in others:
-                y = add_thin_product(y, input, cast(Term, term), fresh=True)
+                y = add_thin_product(y, input, cast(Term, term))
             return y
     base = F.linear(input, weight, bias)
     return cast(Tensor, _added(layer, adapted, acting, (input,), base, base))

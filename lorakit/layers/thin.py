@@ -15,10 +15,10 @@ The floor is the frozen layer, 4·n·d·k operations, and LoRA's own 6·n·r·(d
 - for backward it keeps x as it came (not widened, not dropped: a seed draws the same entries again) and h, no more;
   of a frozen A only h.
 
-With few rows the calls into torch are what counts, not the arithmetic, and plain autograd has the fewest.
+With few rows it is the calls into torch that count, not the arithmetic, and plain autograd has the fewest.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,31 +36,42 @@ Term = tuple[Tensor, Tensor, Strength, float]
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -> Tensor:
     """x·Wᵀ + b + s·(D(x)·Aᵀ)·Bᵀ for x: (..., k)."""
-    A, B, _, _ = term
-    if _is_plain(x, A) and torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        if frozen and _pays(x, term):
-            y: Tensor = _Fused.apply(x, None, weight, bias, *term, _seed(term))[0]  # type: ignore[no-untyped-call]
-            return y
-    return add_thin_product(F.linear(x, weight, bias), x, term, fresh=True)
+    A, _, _, dropout = term
+    if not _is_plain(x, A) or type(weight) not in _PLAIN:
+        return add_thin_product(F.linear(x, weight, bias), x, term)
+    trains = _trains(x, term)
+    if trains and _pays(x, term) and not weight.requires_grad and (bias is None or not bias.requires_grad):
+        return _fused(x, None, weight, bias, term)
+    y = F.linear(x, weight, bias)
+    if trains and _pays(x, term):
+        return _fused(x, y, None, None, term)
+    h = _rows(x).mm(A.t()) if trains else _shrunk(x, A, dropout, _seed(term))
+    # Its own output is written into, but not through a view that autograd watches: that costs more than a copy.
+    return _add(y, h, term, fresh=y.dim() == 2 or not y.requires_grad)
 
 
-def add_thin_product(y: Tensor, x: Tensor, term: Term, *, fresh: bool = False) -> Tensor:
-    """Y + s·(D(x)·Aᵀ)·Bᵀ for x: (..., k) and y: (..., d). A fresh y is nobody else's and may be written into."""
-    A, B, scale, dropout = term
+def add_thin_product(y: Tensor, x: Tensor, term: Term) -> Tensor:
+    """Y + s·(D(x)·Aᵀ)·Bᵀ for x: (..., k) and y: (..., d)."""
+    A, _, _, dropout = term
     if A.is_meta != y.is_meta:  # the kernels take factors on `meta` and return what lay in memory
         raise RuntimeError(f"the adapter is on {A.device} and the layer's output on {y.device}: move the model")
-    if not _is_plain(x, A) or type(y) is not Tensor or isinstance(scale, Tensor):
+    if not _is_plain(x, A) or type(y) is not Tensor:
         return _functional(y, x, term)
-    if not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or y.requires_grad)):
-        return _add(y, _shrunk(_rows(x), A, dropout, _seed(term)), B, scale, fresh)
+    if not (_trains(x, term) or (torch.is_grad_enabled() and y.requires_grad)):
+        return _add(y, _shrunk(x, A, dropout, _seed(term)), term, fresh=False)
     if _pays(x, term):
-        added: Tensor = _Fused.apply(x, y, None, None, *term, _seed(term))[0]  # type: ignore[no-untyped-call]
-        return added
-    h = _rows(x).mm(A.t())
-    if fresh and y.dim() == 2:
-        return y.addmm_(h, B.t()) if scale == 1 else y.addmm_(h, B.t(), alpha=scale)
-    return torch.addmm(_rows(y), h, B.t(), alpha=scale).view(y.shape)
+        return _fused(x, y, None, None, term)
+    return _add(y, _rows(x).mm(A.t()), term, fresh=False)
+
+
+def _trains(x: Tensor, term: Term) -> bool:
+    """Whether a gradient is wanted of the input or a factor."""
+    return torch.is_grad_enabled() and (x.requires_grad or term[0].requires_grad or term[1].requires_grad)
+
+
+def _pays(x: Tensor, term: Term) -> bool:
+    """Whether the one function is cheaper than plain autograd, or keeps less for backward."""
+    return x.numel() >= MANY * x.shape[-1] or term[3] > 0 or x.dtype != term[0].dtype
 
 
 def _is_plain(x: Tensor, A: Tensor) -> bool:
@@ -74,16 +85,11 @@ def _is_plain(x: Tensor, A: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not x.is_nested
+        and A.is_meta == x.is_meta
     )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _pays(x: Tensor, term: Term) -> bool:
-    """Whether the one function is cheaper than plain autograd, or keeps less for backward."""
-    A, _, _, dropout = term
-    return x.numel() >= MANY * x.shape[-1] or dropout > 0 or x.dtype != A.dtype
 
 
 def _functional(y: Tensor, x: Tensor, term: Term) -> Tensor:
@@ -115,7 +121,8 @@ def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 def _shrunk(x: Tensor, A: Tensor, dropout: float, seed: int) -> Tensor:
-    """H = D(x)·Aᵀ, (n, r), in A's dtype; x: (n, k)."""
+    """D(x)·Aᵀ, (n, r), in A's dtype; x: (..., k)."""
+    x = _rows(x)
     if x.dtype != A.dtype:
         x = x.to(A.dtype)
     if dropout > 0:
@@ -123,25 +130,30 @@ def _shrunk(x: Tensor, A: Tensor, dropout: float, seed: int) -> Tensor:
     return A.mm(x.t()).t() if x.shape[0] >= MANY else x.mm(A.t())
 
 
-def _add(y: Tensor, h: Tensor, B: Tensor, scale: float, fresh: bool) -> Tensor:
-    """Y + s·h·Bᵀ without gradients; h: (n, r), y: (..., d)."""
+def _add(y: Tensor, h: Tensor, term: Term, fresh: bool) -> Tensor:
+    """Y + s·h·Bᵀ; h: (n, r), y: (..., d). A fresh y is written into."""
+    _, B, scale, _ = cast(tuple[Tensor, Tensor, float, float], term)
     if h.dtype != y.dtype:
         update = h.mm(B.t()).mul_(scale).to(y.dtype).view(y.shape)
         return y.add_(update) if fresh else y + update
     if not fresh:
         return torch.addmm(_rows(y), h, B.t(), alpha=scale).view(y.shape)
     rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
-    if scale == 1:
-        rows.addmm_(h, B.t())
-    else:
-        rows.addmm_(h, B.t(), alpha=scale)
+    rows.addmm_(h, B.t()) if scale == 1 else rows.addmm_(h, B.t(), alpha=scale)
     return y
+
+
+def _fused(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, term: Term) -> Tensor:
+    # Function.apply itself, without its look at functorch, which `_is_plain` had.
+    apply: Any = super(torch.autograd.Function, _Fused).apply
+    result: Tensor = apply(x, y, weight, bias, *term, _seed(term))[0]
+    return result
 
 
 class _Fused(torch.autograd.Function):
     """The update, and the frozen map with it if that is given (weight and bias) and not its output y.
 
-    Returns y, and h: what is kept must be an output for a gradient of this gradient to reach A and x through it.
+    It returns h too: so a gradient of its gradient reaches A and x through what was kept.
     """
 
     @staticmethod
@@ -157,59 +169,51 @@ class _Fused(torch.autograd.Function):
         dropout: float,
         seed: int,
     ) -> tuple[Tensor, Tensor]:
-        rows = _rows(x)
-        h = _shrunk(rows, A, dropout, seed)
-        if y is None:
-            assert weight is not None
-            y = _add(F.linear(x, weight, bias), h, B, scale, fresh=True)
-        else:
-            y = _add(y, h, B, scale, fresh=False)
         needs_x, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        ctx.numbers = scale, dropout, seed, x.dtype
+        h = _shrunk(x, A, dropout, seed)
+        fresh = y is None
+        y = _add(F.linear(x, weight, bias) if y is None else y, h, (A, B, scale, dropout), fresh)  # type: ignore[arg-type]
+        ctx.numbers = scale, dropout, seed, x.shape, x.dtype
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, A, B, h if needs_B else None)
-        ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return y, h
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        x, weight, A, B, h = ctx.saved_tensors
-        scale, dropout, seed, dtype = ctx.numbers
         needs_x, needs_y, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        g, g_h = gradients  # the second only in a gradient of a gradient
+        scale, dropout, seed, shape, dtype = ctx.numbers
+        x, weight, A, B, h = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # the gradient's own gradient is wanted
+        g, g_h = gradients  # the second only in such a second pass
+        if g is None:
+            g = A.new_zeros((*shape[:-1], B.shape[0]), dtype=dtype)
         gx = gA = gB = None
-        rows = _rows(g) if g is not None else A.new_zeros((g_h.shape[0], B.shape[0]))  # type: ignore[union-attr]
-        wide = rows.to(A.dtype)
-        many = rows.shape[0] >= MANY
+        rows = _rows(g)
+        wide = rows if rows.dtype == A.dtype else rows.to(A.dtype)
         if needs_B:
-            gB = _scaled(h.t().mm(wide).t(), scale)
+            gB = _scaled(h.t().mm(wide).t(), scale, again)
         if needs_A or needs_x:
-            u = B.t().contiguous().mm(wide.t()).t() if many else wide.mm(B)
-            u = _scaled(u, scale)
+            u = B.t().contiguous().mm(wide.t()).t() if rows.shape[0] >= MANY else wide.mm(B)
+            u = _scaled(u, scale, again)
             u = u if g_h is None else u + g_h
             if needs_A:
-                seen = _rows(x).to(A.dtype)
+                seen = _rows(x)
+                seen = seen if seen.dtype == A.dtype else seen.to(A.dtype)
                 gA = u.t().mm(seen if dropout == 0 else seen * _kept(seen, dropout, seed))
             if needs_x:
-                gx = _into(None if weight is None else rows.mm(weight), u, A, dropout, seed, dtype).view(ctx.shape)
+                total = None if weight is None else rows.mm(weight)
+                if total is not None and dropout == 0 and total.dtype == A.dtype:
+                    gx = torch.addmm(total, u, A) if again else total.addmm_(u, A)
+                else:
+                    mine = u.mm(A)
+                    mine = (mine if dropout == 0 else mine * _kept(mine, dropout, seed)).to(dtype)
+                    gx = mine if total is None else total + mine
+                gx = gx if len(shape) == 2 else gx.view(shape)
         return gx, g if needs_y else None, None, None, gA, gB, None, None, None
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
+def _scaled(x: Tensor, scale: float, again: bool) -> Tensor:
     """S·x, in x itself unless its own gradient is wanted."""
     if scale == 1:
         return x
-    return x * scale if torch.is_grad_enabled() else x.mul_(scale)
-
-
-def _into(total: Tensor | None, u: Tensor, A: Tensor, dropout: float, seed: int, dtype: torch.dtype) -> Tensor:
-    """The input's gradient: total + D(u·A), in total itself unless its own gradient is wanted."""
-    if total is not None and dropout == 0 and total.dtype == A.dtype:
-        return torch.addmm(total, u, A) if torch.is_grad_enabled() else total.addmm_(u, A)
-    mine = u.mm(A)
-    if dropout > 0:
-        mine = mine * _kept(mine, dropout, seed)
-    mine = mine.to(dtype)
-    if total is None:
-        return mine
-    return total + mine if torch.is_grad_enabled() else total.add_(mine)
+    return x * scale if again else x.mul_(scale)

@@ -83,7 +83,7 @@ class MagnitudeUpdate(ScaledUpdate):
         part = g if isinstance(strength, float) and strength == 1 else 1 + strength * (g - 1)
         scaled = kind.scale_rows(layer, inputs, base, part)
         total = scaled if y is base else scaled + (y - base)
-        B = self.B * g.view(-1, *(1 for _ in self.B.shape[1:]))
+        B = self.B * g.to(self.B.dtype).view(-1, *(1 for _ in self.B.shape[1:]))
         return self.add_product(layer, inputs, total, self.A, B, self.scale * strength).to(y.dtype)
 
     def _factor(self, weight: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class MagnitudeUpdate(ScaledUpdate):
             for block in W.split(rows, dim=-2):
                 block = block.to(A.dtype)
                 squares.append(torch.linalg.vector_norm(block, dim=-1).square())
-                products.append(block @ A.mT)  # (…, rows, r)
+                products.append((A @ block.mT).mT)  # (…, rows, r); the thin side first, as in `thin.py`
             own = (B @ (A @ A.mT) * B).sum(-1)
             cross = (torch.cat(products, -2) * B).sum(-1)
             return (torch.cat(squares, -1) + 2 * cross + own).clamp_min(0).sqrt()
