@@ -39,4 +39,4 @@ def fingerprint(*parts: Tensor) -> str | None:
 @lru_cache(maxsize=64)
 def _places(count: int, size: int, device: torch.device) -> Tensor:
     """That many indices spread evenly over so many values: alike for all weights of one size."""
-    return torch.linspace(0, size - 1, count, dtype=torch.float64).long().to(device)
+    return torch.linspace(0, size - 1, count, dtype=torch.float64, device="cpu").long().to(device)

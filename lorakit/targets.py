@@ -184,6 +184,8 @@ class _Excluded:
     def left_of(self, place: Place) -> Kind | None:
         """What is left to adapt of this weight; None if nothing."""
         key, kind = id(place.layer), place.kind
+        if not self.matches:
+            return kind
         if self.has(key, kind.parameter):
             return None
         for whole in self.index.kinds[key]:
