@@ -33,7 +33,7 @@ def plan(
     train_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """What `attach` would do with the same arguments; `print` it for a table. Changes nothing."""
-    return draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)[0]
+    return draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)[1]
 
 
 def attach(
@@ -93,16 +93,16 @@ def attach(
         >>> report = attach(model, LoRA(rank=8), targets="0")
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     """
-    report, chosen = draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)
+    root, report, choices = draw_up(model, variant, targets, exclude, mode, name, ranks, alphas, train_also, train_rows)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-        evidence = gather(Sources(model, data, loss, original), chosen)
+        evidence = gather(Sources(model, data, loss, original), choices)
         additions = [
-            Addition(place.layer, place.kind, _built(place, mine, seen), mine)
-            for (place, mine), seen in zip(chosen, evidence, strict=True)
+            Addition(place.parameter, place.layer, _built(place, mine, seen), mine)
+            for (place, mine, _), seen in zip(choices, evidence, strict=True)
         ]
     cautions = [
         f"{place.label!r}: {caution}"
-        for place, mine in chosen
+        for place, mine, _ in choices
         if (caution := mine.caution(place.kind, place.outline)) is not None
     ]
 
@@ -111,7 +111,7 @@ def attach(
         named = example if isinstance(example, Mapping) else {}
         _check_effect(probe_with(model, args, named, name))
 
-    add(model, name, report.variant, additions, trainable=True, check=None if example is None else check)
+    add(root, name, report.variant, additions, trainable=True, check=None if example is None else check)
     if cautions:
         warnings.warn("; ".join(cautions), stacklevel=2)
     return report

@@ -9,7 +9,6 @@ from torch import nn
 from lorakit.layers import (
     AdaptedWeight,
     Adapters,
-    Kind,
     Selection,
     Update,
     adapters_of,
@@ -17,7 +16,7 @@ from lorakit.layers import (
     install,
     uninstall,
 )
-from lorakit.state import BARE, KEY, State, root_of, sites, state_of
+from lorakit.state import BARE, KEY, State, sites, state_of
 from lorakit.variants import Variant
 
 
@@ -25,15 +24,16 @@ from lorakit.variants import Variant
 class Addition:
     """An update that is built and waits to be installed."""
 
+    weight: str
+    """The weight's name in the model."""
     layer: nn.Module
-    kind: Kind
     update: Update
     variant: Variant
     """The adapter's, or what it is for this weight."""
 
 
 def add(
-    model: nn.Module,
+    root: nn.Module,
     name: str,
     variant: Variant,
     additions: list[Addition],
@@ -41,28 +41,29 @@ def add(
     trainable: bool,
     check: Callable[[], None] | None = None,
 ) -> None:
-    """Install a new adapter and make it the only one that acts. The base is frozen.
+    """Install a new adapter on the module that holds the state or will, and make it the only one that acts.
 
-    If the new adapter is trainable, it becomes the only one that is. If `check` raises, all is undone.
+    The base is frozen. If the new adapter is trainable, it becomes the only one that is. If `check` raises, all is
+    undone.
     """
-    root = root_of(model)
     for addition in additions:
         check_changeable(addition.layer)
     fresh = KEY not in vars(root)
     if fresh:
-        vars(root)[KEY] = State(frozen=tuple(n for n, p in root.named_parameters() if p.requires_grad))
+        trained = {own: parameter for own, parameter in root.named_parameters() if parameter.requires_grad}
+        vars(root)[KEY] = State(frozen=tuple(trained))
+        frozen = list(trained.values())
+    else:
+        frozen = [p for p in _adapter_parameters(root) if p.requires_grad] if trainable else []
     state = state_of(root)
     selected = state.selection.active, state.selection.rows
-    others = root.parameters() if fresh else _adapter_parameters(root) if trainable else ()
-    frozen = [parameter for parameter in others if parameter.requires_grad]
     state.variants[name] = variant
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
         for addition in additions:
             _add_one(addition, name, state.selection, trainable)
-        variants = {id(addition.update): addition.variant for addition in additions}
-        state.weights[name] = {site.name: variants[id(site.adapted[name])] for site in sites(root, name)}
+        state.weights[name] = {addition.weight: addition.variant for addition in additions}
         state.selection.choose([(name, 1.0)])
         if check is not None:
             check()
@@ -75,14 +76,20 @@ def add(
 
 
 def _add_one(addition: Addition, name: str, selection: Selection, trainable: bool) -> None:
-    layer, parameter = addition.layer, addition.kind.parameter
-    adapters = adapters_of(layer)
+    layer, update = addition.layer, addition.update
+    adapters, parameter = adapters_of(layer), update.kind.parameter
     if adapters is None:
         adapters = Adapters()
+        adapters.training = layer.training
     if parameter not in adapters:
-        adapters.add_module(parameter, AdaptedWeight(selection))
-    adapters[parameter].put(name, addition.update.requires_grad_(trainable))
-    adapters.train(layer.training)
+        adapters._modules[parameter] = AdaptedWeight(selection)
+        adapters[parameter].training = layer.training
+    if update.training != layer.training:
+        update.train(layer.training)
+    for tensor in update.parameters():
+        if tensor.requires_grad != trainable:
+            tensor.requires_grad_(trainable)
+    adapters[parameter].put(name, update)
     install(layer, adapters)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.layers import base_weight
+from lorakit.plan import Choice
 from lorakit.state import find_root
 from lorakit.switch import disabled
 from lorakit.targets import Place
 from lorakit.untouched import spare_buffers
-from lorakit.variants import Evidence, Variant
+from lorakit.variants import Evidence
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Chosen = Sequence[tuple[Place, Variant]]
 
 
 @dataclass(frozen=True)
@@ -34,32 +34,32 @@ class Sources:
     original: nn.Module | None
 
 
-def gather(sources: Sources, chosen: Chosen) -> list[Tensor | None]:
+def gather(sources: Sources, choices: Sequence[Choice]) -> list[Tensor | None]:
     """What each place's variant needs, in their order.
 
     Raises:
         LorakitError: it was not given, is empty, not finite, or does not reach a layer.
     """
-    needed = {variant.needs for _, variant in chosen}
+    needed = {choice.variant.needs for choice in choices}
     given = {"data": sources.data, "loss": sources.loss, "original": sources.original}
     uses = {"data": {"inputs", "gradients"}, "loss": {"inputs", "gradients"}, "original": {"original"}}
     for name, value in given.items():
         if value is not None and not uses[name] & needed:
             raise LorakitError(f"{name}= has no use here: no weight's start is computed from it; leave it out")
     wanted: dict[Evidence, list[Place]] = {}
-    for place, variant in chosen:
+    for place, variant, _ in choices:
         if variant.needs is not None:
             wanted.setdefault(variant.needs, []).append(place)
     gathered: dict[int, Tensor] = {}
     for kind, places in wanted.items():
-        ranks = [variant.rank for place, variant in chosen if variant.needs == kind]  # type: ignore[attr-defined]
+        ranks = [variant.rank for _, variant, _ in choices if variant.needs == kind]  # type: ignore[attr-defined]
         for place, tensor in zip(places, _GATHER[kind](sources, places, ranks), strict=True):
             if not tensor.isfinite().all():
                 raise LorakitError(
                     f"at {place.label!r}: the data gives NaN or infinity there; nothing can start from it"
                 )
             gathered[id(place)] = tensor
-    return [gathered.get(id(place)) for place, _ in chosen]
+    return [gathered.get(id(choice.place)) for choice in choices]
 
 
 def _inputs(sources: Sources, places: list[Place], ranks: list[int]) -> list[Tensor]:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
-from lorakit.header import Header, WeightEntry, file_key, parse_header, variant_to_json
+from lorakit.header import Header, WeightEntry, file_key, parse_header
 from lorakit.loading import build_additions
 from lorakit.peft_config import header_from_peft, peft_config, peft_disagreements
 from lorakit.plan import Plan
-from lorakit.state import State, check_addition, check_complete, one_name, require, root_of, sites
-from lorakit.storage import read_json_object, read_tensors, write_whole
+from lorakit.state import Site, State, check_addition, check_complete, one_name, require
+from lorakit.storage import all_finite, read_json_object, read_tensors, write_whole
 
 Verify = Literal["sample", "off"]
 
@@ -40,10 +40,14 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     """
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
-    check_complete(root, state, name)
+    return _tensors(check_complete(root, state, name), state, name)
+
+
+def _tensors(mine: list[Site], state: State, name: str) -> dict[str, Tensor]:
+    """The tensors at these sites of an adapter, by their keys in a file."""
     return {
         file_key(site.path, site.parameter, variant.file_names[tensor], site.adapted[name].kind.lookup): value
-        for site in sites(root, name)
+        for site in mine
         for variant in [state.weights[name][site.name]]
         for tensor, value in site.adapted[name].saved().items()
     }
@@ -67,14 +71,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     path = Path(path)
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
-    tensors = {key: whole(tensor) for key, tensor in adapter_state_dict(root, name).items()}
+    mine = check_complete(root, state, name)
+    tensors = {key: whole(tensor) for key, tensor in _tensors(mine, state, name).items()}
     if any(tensor.is_meta for tensor in tensors.values()):
         raise LorakitError(f"adapter {name!r} is not saved: it is on 'meta' and has no values")
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    bad = [key for key, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
         raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
-    header = Header(name, state.variants[name], _entries(root, state, name))
+    header = Header(name, state.variants[name], _entries(mine, state, name))
     content = to_safetensors(tensors, metadata={"format": "pt", "lorakit": header.to_json()})
     if path.suffix == ".safetensors":
         if path.is_dir():
@@ -87,12 +92,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     write_whole(path / _CONFIG, json.dumps(peft_config(header, root, tensors), indent=2).encode())
 
 
-def _entries(root: nn.Module, state: State, name: str) -> tuple[WeightEntry, ...]:
+def _entries(mine: list[Site], state: State, name: str) -> tuple[WeightEntry, ...]:
     """What the header says of each weight."""
     entries = []
-    for site in sites(root, name):
-        mine = state.weights[name][site.name]
-        entries.append(WeightEntry.of(site, name, None if mine == state.variants[name] else variant_to_json(mine)))
+    for site in mine:
+        own = state.weights[name][site.name]
+        entries.append(WeightEntry.of(site, name, None if own == state.variants[name] else own))
     return tuple(entries)
 
 
@@ -129,8 +134,7 @@ def load(
     path = Path(path)
     header, tensors = _read(path)
     name = header.name if name is None else name
-    check_addition(model, name)
-    root = root_of(model)
+    root = check_addition(model, name)
     plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
     add(root, name, plan.variant, additions, trainable=trainable)
     return plan

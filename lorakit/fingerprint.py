@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +31,12 @@ def fingerprint(*parts: Tensor) -> str | None:
     for part in parts:
         flat = whole(part.detach()).reshape(-1)
         count = _SAMPLES * (4 if flat.element_size() == 1 else 1)  # a byte of a quantized weight says less
-        places = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).long()
-        sample = flat[places.to(flat.device)].cpu().contiguous()
-        digest.update(bytes(sample.view(torch.uint8).tolist()))
+        sample = flat[_places(min(count, flat.numel()), flat.numel(), flat.device)]
+        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=64)
+def _places(count: int, size: int, device: torch.device) -> Tensor:
+    """That many indices spread evenly over so many values: alike for all weights of one size."""
+    return torch.linspace(0, size - 1, count, dtype=torch.float64, device="cpu").long().to(device)

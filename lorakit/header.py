@@ -30,13 +30,13 @@ class WeightEntry:
     dtype: str | None
     sample: str | None
     """The base weight's fingerprint."""
-    variant: Mapping[str, Any] | None = None
-    """Its own variant, as `variant_to_json` has it; None if it is the adapter's."""
+    variant: Variant | None = None
+    """Its own variant; None if it is the adapter's."""
     slices: tuple[str, ...] = ()
     """The names of the slices that were adapted, each by itself; empty if it is the parameter as a whole."""
 
     @classmethod
-    def of(cls, site: Site, name: str, variant: Mapping[str, Any] | None) -> "WeightEntry":
+    def of(cls, site: Site, name: str, variant: Variant | None) -> "WeightEntry":
         """The entry for a live weight."""
         update = site.adapted[name]
         sample = fingerprint(*stored_tensors(site.layer, site.parameter))
@@ -69,7 +69,7 @@ class Header:
 
     def variant_of(self, entry: WeightEntry) -> Variant:
         """The variant of one weight."""
-        return self.variant if entry.variant is None else variant_from_json(entry.variant)
+        return self.variant if entry.variant is None else entry.variant
 
     def to_json(self) -> str:
         """The text that `parse_header` reads."""
@@ -78,7 +78,10 @@ class Header:
                 "version": _VERSION,
                 "name": self.name,
                 "variant": variant_to_json(self.variant),
-                "weights": [asdict(entry) for entry in self.weights],
+                "weights": [
+                    {**vars(entry), "variant": None if entry.variant is None else variant_to_json(entry.variant)}
+                    for entry in self.weights
+                ],
             },
             separators=(",", ":"),
         )
@@ -117,7 +120,9 @@ def parse_header(text: str, where: str) -> Header:
 
 
 def _entry(raw: Mapping[str, Any]) -> WeightEntry:
-    entry = WeightEntry(**{**raw, "shape": tuple(raw["shape"]), "slices": tuple(raw.get("slices", ()))})
+    own = raw.get("variant")
+    given = {"shape": tuple(raw["shape"]), "slices": tuple(raw.get("slices", ()))}
+    entry = WeightEntry(**{**raw, **given, "variant": None if own is None else variant_from_json(own)})
     words = (entry.path, entry.parameter, entry.dtype, *entry.slices)
     if not all(isinstance(word, str) for word in words) or entry.mode not in ("beside", "weight"):
         raise TypeError(f"{raw!r}")
@@ -125,6 +130,4 @@ def _entry(raw: Mapping[str, Any]) -> WeightEntry:
         raise TypeError(f"shape {raw['shape']!r}")
     if entry.sample is not None and not isinstance(entry.sample, str):
         raise TypeError(f"sample {entry.sample!r}")
-    if entry.variant is not None:
-        variant_from_json(entry.variant)
     return entry

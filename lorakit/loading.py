@@ -12,8 +12,9 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import Header, WeightEntry, file_key
 from lorakit.index import Index
-from lorakit.layers import CalledKind, Update, accumulation_dtype, check_read, stored_dtype, stored_tensors
-from lorakit.plan import Plan, plan_of
+from lorakit.layers import CalledKind, accumulation_dtype, stored_dtype, stored_tensors
+from lorakit.plan import Choice, Plan, Sketches, plan_of
+from lorakit.storage import all_finite
 from lorakit.targets import Place, place_of
 from lorakit.variants import Full, LowRank, Rows, Variant
 
@@ -28,12 +29,10 @@ def build_additions(
         LorakitError: it does not fit; the message lists everything that is wrong.
     """
     problems: list[str] = []
-    chosen: list[tuple[Place, Variant, Update]] = []
-    additions: list[Addition] = []
     left = dict(tensors)
-    if any(parameter.is_meta for parameter in root.parameters()):
-        raise LorakitError(f"{where} cannot be loaded: the model is on 'meta'; give it values first")
     index = Index(root)
+    if any(p is not None and p.is_meta for module in index.modules.values() for p in module._parameters.values()):
+        raise LorakitError(f"{where} cannot be loaded: the model is on 'meta'; give it values first")
     if not header.ours:
         header = _with_tied_rows(index, header, left)
     if not header.weights:
@@ -42,26 +41,23 @@ def build_additions(
     if found:
         shapes = [place.kind.matrix_shape(place.outline) for _, place in found]
         header = replace(header, variant=header.variant.fit(shapes))
+    sketches = Sketches()
+    chosen: list[tuple[WeightEntry, Choice]] = []
     for entry, place in found:
         try:
             problems += _base_problems(place, entry, check_values)
-            sketch = torch.empty_like(place.outline, device="meta")
-            variant = _variant_at(place, header.variant_of(entry))
-            check_read(place.layer, place.kind, variant.reads_weight)
-            update = variant.build(place.kind, sketch, place.mode)
+            chosen.append((entry, sketches.choice(place, _variant_at(place, header.variant_of(entry)))))
         except LorakitError as error:
             problems.append(str(error))
             _forget(left, header, entry)
-            continue
-        mine = _take(left, header, entry, update.saved(), place.kind.lookup)
-        problems += _fill(update, mine, place, header, entry)
-        chosen.append((place, variant, update))
-        additions.append(Addition(place.layer, place.kind, update, variant))
+    values = [_take(left, entry, choice, problems) for entry, choice in chosen]
     problems += [f"it holds {key!r}, which is no part of a {type(header.variant).__name__}" for key in left]
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise LorakitError(f"{where} does not fit this {type(root).__name__}:{listed}")
-    return plan_of(root, header.variant, chosen, name), additions
+    choices = [choice for _, choice in chosen]
+    additions = [_filled(choice, mine, header.ours) for choice, mine in zip(choices, values, strict=True)]
+    return plan_of(index, header.variant, choices, name), additions
 
 
 def _found(
@@ -114,20 +110,35 @@ def _place(index: Index, header: Header, entry: WeightEntry) -> Place:
     return place
 
 
-Found = dict[str, tuple[str, Tensor | None]]
-"""{name of the tensor in the update: (its key in the file, its value there)}"""
+def _take(left: dict[str, Tensor], entry: WeightEntry, choice: Choice, problems: list[str]) -> dict[str, Tensor]:
+    """The tensors of one weight, taken out of those that are left; what is wrong with them is added to the problems."""
+    place, variant, sketch = choice
+    values: dict[str, Tensor] = {}
+    for tensor, shape in sketch.saved.items():
+        key = file_key(entry.path, entry.parameter, variant.file_names[tensor], place.kind.lookup)
+        value = left.pop(key, None)
+        if value is not None:
+            values[tensor] = value
+        problem = _tensor_problem(key, value, shape)
+        if problem is not None:
+            problems.append(problem)
+    dtypes = {value.dtype for value in values.values()}
+    if len(dtypes) > 1:
+        several = ", ".join(sorted(map(str, dtypes)))
+        problems.append(f"the tensors of {entry.name!r} are of several dtypes: {several}")
+    return values
 
 
-def _take(
-    left: dict[str, Tensor], header: Header, entry: WeightEntry, wanted: Mapping[str, Tensor], lookup: bool
-) -> Found:
-    """The tensors of one weight, taken out of those that are left."""
-    names = header.variant_of(entry).file_names
-    return {
-        tensor: (key, left.pop(key, None))
-        for tensor in wanted
-        for key in [file_key(entry.path, entry.parameter, names[tensor], lookup)]
+def _filled(choice: Choice, values: Mapping[str, Tensor], ours: bool) -> Addition:
+    """The update of one weight, with its tensors."""
+    place, variant, sketch = choice
+    device = place.outline.device
+    # Copied out of the file's memory, whose alignment could change how a product rounds.
+    tensors = {
+        tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype), copy=True)
+        for tensor, value in values.items()
     }
+    return Addition(place.parameter, place.layer, sketch.update.restored(tensors), variant)
 
 
 def _forget(left: dict[str, Tensor], header: Header, entry: WeightEntry) -> None:
@@ -137,41 +148,20 @@ def _forget(left: dict[str, Tensor], header: Header, entry: WeightEntry) -> None
             left.pop(file_key(entry.path, entry.parameter, name, lookup), None)
 
 
-def _fill(update: Update, mine: Found, place: Place, header: Header, entry: WeightEntry) -> list[str]:
-    """Put the tensors of one weight into its update; returns what is wrong with them."""
-    problems = []
-    tensors = {}
-    for tensor, wanted in update.saved().items():
-        key, value = mine[tensor]
-        problem = _tensor_problem(key, value, wanted)
-        if problem:
-            problems.append(problem)
-        elif value is not None:
-            # Copied out of the file's memory, whose alignment could change how a product rounds.
-            dtype = value.dtype if header.ours else accumulation_dtype(value.dtype)
-            tensors[tensor] = value.to(place.outline.device, dtype, copy=True)
-    if not problems:
-        update.restore(tensors)
-    dtypes = sorted({str(value.dtype) for _, value in mine.values() if value is not None})
-    if len(dtypes) > 1:
-        problems.append(f"the tensors of {entry.name!r} are of several dtypes: {', '.join(dtypes)}")
-    return problems
-
-
 def _variant_at(place: Place, variant: Variant) -> Variant:
     """PEFT writes one dropout for all layers and ignores it where inputs are indices; so must who reads its files."""
     drops = place.kind.lookup and getattr(variant, "dropout", 0) > 0
     return replace(variant, **{"dropout": 0.0}) if drops else variant
 
 
-def _tensor_problem(key: str, value: Tensor | None, wanted: Tensor) -> str | None:
+def _tensor_problem(key: str, value: Tensor | None, shape: tuple[int, ...]) -> str | None:
     if value is None:
         return f"{key!r} is missing"
-    if value.shape != wanted.shape:
-        return f"{key!r} has shape {tuple(value.shape)}, not {tuple(wanted.shape)}"
+    if value.shape != shape:
+        return f"{key!r} has shape {tuple(value.shape)}, not {shape}"
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         return f"{key!r} is of dtype {value.dtype}; a floating-point one of 16 bits or more is needed"
-    if not value.isfinite().all():
+    if not all_finite(value):
         return f"{key!r} holds NaN or infinity"
     return None
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.errors import LorakitError
 from lorakit.index import Index
-from lorakit.layers import kinds_of, parameter_names
+from lorakit.layers import parameter_names
 
 Pattern = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
 Targets = Pattern | Sequence[Pattern]
@@ -51,7 +51,7 @@ def matches(index: Index, pattern: Pattern) -> list[tuple[int, str | None]]:
     found: list[tuple[int, str | None]] = []
     for key, module in index.modules.items():
         if pattern == "all-linear":
-            hit = any(kind.is_linear for kind in kinds_of(module)) or _may_be_linear(index, module)
+            hit = any(kind.is_linear for kind in index.kinds[key]) or _may_be_linear(index, module)
         elif named is not None:
             hit = any(named(name) for name in index.names[key] if name)
         elif isinstance(pattern, type):
@@ -73,7 +73,7 @@ def _may_be_linear(index: Index, module: nn.Module) -> bool:
 
 
 def _no_match(index: Index, pattern: Pattern) -> LorakitError:
-    adaptable = [index.names[key][0] or "(model)" for key, module in index.modules.items() if kinds_of(module)]
+    adaptable = [index.names[key][0] or "(model)" for key, kinds in index.kinds.items() if kinds]
     if pattern == "all-linear":
         kinds = sorted({type(module).__name__ for module in index.modules.values() if has_parameters(module)})
         return LorakitError(

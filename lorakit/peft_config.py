@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry, variant_to_json
+from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
 from lorakit.layers import TransposedLinear, kinds_of
 from lorakit.state import layers_of
 from lorakit.variants import VARIANTS, Full, Rows, Variant, VeRA
@@ -41,6 +41,7 @@ def peft_config(header: Header, model: nn.Module, tensors: Mapping[str, Tensor])
     if reasons:
         return {"peft_type": _OURS_ALONE, "reasons": reasons}
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    layers = dict(layers_of(model))
     mine = header.variant.peft_fields()
     patterns: dict[str, dict[str, Any]] = {name: {} for name in _PATTERNS}
     adapted = [entry for entry in header.weights if not isinstance(header.variant_of(entry), Full | Rows)]
@@ -60,7 +61,7 @@ def peft_config(header: Header, model: nn.Module, tensors: Mapping[str, Tensor])
         "target_modules": targets,
         "inference_mode": True,
     }
-    if others := _others_of_that_end(targets, model):
+    if others := _others_of_that_end(targets, layers):
         # As regular expressions, which PEFT matches in full. Its VeRA cannot exclude, and few but PEFT read it.
         key, names = ("target_modules", targets) if mine["peft_type"] == "VERA" else ("exclude_modules", others)
         config[key] = "|".join(map(re.escape, names))
@@ -78,9 +79,7 @@ def peft_config(header: Header, model: nn.Module, tensors: Mapping[str, Tensor])
             or None,
             "bias": "none",
             "fan_in_fan_out": any(
-                isinstance(kind, TransposedLinear)
-                for entry in adapted
-                for kind in kinds_of(model.get_submodule(entry.path))
+                isinstance(kind, TransposedLinear) for entry in adapted for kind in kinds_of(layers[entry.path])
             ),
             "init_lora_weights": True,
         }
@@ -130,10 +129,10 @@ def _rows_beyond(
     return [f"beside {kind}"] * (kind != "LORA") + ["apart from the weights tied to it"] * (not alike)
 
 
-def _others_of_that_end(targets: Collection[str], model: nn.Module) -> list[str]:
+def _others_of_that_end(targets: Collection[str], layers: Collection[str]) -> list[str]:
     """Modules that are no targets, which PEFT would take for some: it compares the ends of names."""
     wanted, found = set(targets), []
-    for name in dict.fromkeys(name for name, _ in layers_of(model)):
+    for name in layers:
         ends = (name.split(".", i)[-1] for i in range(1, name.count(".") + 1))
         if name not in wanted and any(end in wanted for end in ends):
             found.append(name)
@@ -209,8 +208,7 @@ def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], p
 
 
 def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:
-    own = None if variant is None else variant_to_json(variant)
-    return WeightEntry(layer, parameter, None, None, None, None, own)
+    return WeightEntry(layer, parameter, None, None, None, None, variant)
 
 
 def _extra_entries(config: Mapping[str, Any], keys: Collection[str], path: Path) -> list[WeightEntry]:

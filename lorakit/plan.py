@@ -3,15 +3,18 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import CalledKind, Foreign, Update, as_foreign, check_read, outline
+from lorakit.index import Index
+from lorakit.layers import CalledKind, Foreign, Update, check_read, outline
 from lorakit.patterns import Targets
-from lorakit.state import check_addition, layers_of, root_of, unwrapped
+from lorakit.state import check_addition, unwrapped
 from lorakit.tables import shape, size, table
 from lorakit.targets import Place, RequestedMode, resolve, selected, wholes
 from lorakit.variants import Full, Rows, Variant
@@ -93,6 +96,56 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """What the updates at all weights that are alike are like."""
+
+    update: Update
+    """One of them, on `meta`."""
+    tensors: dict[str, tuple[int, ...]]
+    """The shapes of the trained tensors."""
+    bytes: int
+    """What the trained tensors take in memory."""
+
+    @cached_property
+    def saved(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that a file holds."""
+        return {name: tuple(tensor.shape) for name, tensor in self.update.saved().items()}
+
+
+class Choice(NamedTuple):
+    """A weight to adapt, and what it gets."""
+
+    place: Place
+    variant: Variant
+    sketch: Sketch
+
+
+class Sketches:
+    """Sketches of updates, each made once for all weights of one kind, shape and dtype that get the same variant."""
+
+    def __init__(self) -> None:
+        self._variants: list[Variant] = []
+        self._made: dict[Any, Sketch] = {}
+
+    def choice(self, place: Place, variant: Variant) -> Choice:
+        """The place with what it gets, checked to have a meaning there.
+
+        Raises:
+            LorakitError: it has none.
+        """
+        weight = place.outline
+        check_read(place.layer, place.kind, variant.reads_weight)
+        if variant not in self._variants:  # a list: one of somebody else's need not be hashable
+            self._variants.append(variant)
+        key = self._variants.index(variant), place.kind, place.mode, weight.shape, weight.dtype
+        if key not in self._made:
+            update = variant.build(place.kind, torch.empty_like(weight, device="meta"), place.mode)
+            sizes = {name: tuple(tensor.shape) for name, tensor in update.named_parameters()}
+            self._made[key] = Sketch(update, sizes, sum(p.numel() * p.element_size() for p in update.parameters()))
+        return Choice(place, variant, self._made[key])
+
+
 ByPattern = Mapping[str, float]
 """{pattern: value}: what differs in the weights that a pattern selects."""
 
@@ -108,8 +161,8 @@ def draw_up(
     alphas: ByPattern | None = None,
     train_also: Targets | None = None,
     train_rows: Mapping[str, Sequence[int]] | None = None,
-) -> tuple[Plan, list[tuple[Place, Variant]]]:
-    """The plan for these arguments, and its places in the same order, each with what it gets.
+) -> tuple[nn.Module, Plan, list[Choice]]:
+    """The module that holds the state or will, the plan for these arguments, and its places in the same order.
 
     Every check is made here; nothing changes.
     """
@@ -117,28 +170,31 @@ def draw_up(
         raise LorakitError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(variant, Variant):
         raise LorakitError(f"the second argument must be a variant such as LoRA(rank=8), not {variant!r}")
-    check_addition(model, name)
-    root = root_of(model)
-    if root is not unwrapped(model) and _count(root) != _count(model):
+    root = check_addition(model, name)
+    index = Index(root)
+    if root is not unwrapped(model) and _count(index) != _count(Index(model)):
         raise LorakitError(
             f"adapters were attached to a part of this {type(model).__name__}: attach to that part, or detach it first"
         )
-    extra = _extra(root, train_also, train_rows)
+    extra = _extra(index, train_also, train_rows)
     taken = {(id(place.layer), place.kind.parameter) for place, _ in extra}
     places = [
-        place for place in resolve(root, targets, exclude, mode) if (id(place.layer), place.kind.parameter) not in taken
+        place
+        for place in resolve(index, targets, exclude, mode)
+        if (id(place.layer), place.kind.parameter) not in taken
     ]
     if places:
         variant = variant.fit([place.kind.matrix_shape(place.outline) for place in places])
     variants = [variant] * len(places)
     for field, patterns in (("rank", ranks), ("alpha", alphas)):
-        variants = _varied(root, variants, places, field, {} if patterns is None else patterns)
-    chosen = [*zip(places, variants, strict=True), *extra]
-    return plan_of(root, variant, [(place, mine, _sketch(place, mine)) for place, mine in chosen], name), chosen
+        variants = _varied(index, variants, places, field, {} if patterns is None else patterns)
+    sketches = Sketches()
+    choices = [_sketched(sketches, *each) for each in (*zip(places, variants, strict=True), *extra)]
+    return root, plan_of(index, variant, choices, name), choices
 
 
 def _extra(
-    root: nn.Module, train_also: Targets | None, train_rows: Mapping[str, Sequence[int]] | None
+    index: Index, train_also: Targets | None, train_rows: Mapping[str, Sequence[int]] | None
 ) -> list[tuple[Place, Variant]]:
     """What is trained as a whole, or in rows. It comes before `targets`, which may select it too ("all-linear")."""
     extra: dict[tuple[int, str], tuple[Place, Variant]] = {}
@@ -147,7 +203,7 @@ def _extra(
     for pattern, rows in (train_rows or {}).items():
         if not isinstance(rows, Iterable):
             raise LorakitError(f"train_rows={train_rows!r}: {rows!r} is no list of rows; give [{rows!r}]")
-        for place in resolve(root, pattern, None, "auto"):
+        for place in resolve(index, pattern, None, "auto"):
             if (id(place.layer), place.kind.parameter) in extra:
                 raise LorakitError(f"{place.parameter!r} is selected twice by train_rows: name it once, with all rows")
             beside = isinstance(place.kind, CalledKind) and place.kind.takes == "indices"
@@ -155,7 +211,7 @@ def _extra(
                 replace(place, mode="beside" if beside else "weight"),
                 Rows(tuple(rows)),
             )
-    for place in wholes(root, train_also) if train_also is not None else ():
+    for place in wholes(index, train_also) if train_also is not None else ():
         if (id(place.layer), place.kind.parameter) in extra:
             raise LorakitError(f"{place.parameter!r} is selected by train_also and by train_rows: choose one")
         extra[id(place.layer), place.kind.parameter] = place, Full()
@@ -163,14 +219,14 @@ def _extra(
 
 
 def _varied(
-    root: nn.Module, variants: list[Variant], places: list[Place], field: str, patterns: ByPattern
+    index: Index, variants: list[Variant], places: list[Place], field: str, patterns: ByPattern
 ) -> list[Variant]:
     """The variants with one hyper-parameter as the patterns have it; the last that matches a weight counts."""
     if not isinstance(patterns, Mapping):
         raise LorakitError(f"{field}s={patterns!r} must map patterns to values, such as {{'*.q_proj': 16}}")
     varied = list(variants)
     for pattern, value in patterns.items():
-        chosen = selected(root, pattern, places)
+        chosen = selected(index, pattern, places)
         if not chosen:
             raise LorakitError(f"{field}s: {pattern!r} matches none of the weights that targets selects")
         for i in chosen:
@@ -180,29 +236,28 @@ def _varied(
     return varied
 
 
-def plan_of(root: nn.Module, variant: Variant, chosen: Sequence[tuple[Place, Variant, Update]], name: str) -> Plan:
-    """The plan for adapting these places, each with its variant and its update, or a sketch of that on `meta`."""
-    numbers = _numbers(root)
-    rows = tuple(_row(*each) for each in chosen)
+def plan_of(index: Index, variant: Variant, choices: Sequence[Choice], name: str) -> Plan:
+    """The plan for adapting these places."""
+    numbers = _numbers(index)
+    rows = tuple(_row(choice) for choice in choices)
     return Plan(name, variant, rows, sum(count for count, _ in numbers), sum(count * each for count, each in numbers))
 
 
-def _sketch(place: Place, variant: Variant) -> Update:
-    """The update for this place, on `meta`: of the right shapes, and checked to have a meaning there."""
-    sketch = torch.empty_like(place.outline, device="meta")
+def _sketched(sketches: Sketches, place: Place, variant: Variant) -> Choice:
+    """The place with what it gets; what is refused is refused here, by name."""
     try:
-        check_read(place.layer, place.kind, variant.reads_weight)
         if variant.needs == "gradients" and isinstance(place.kind, Foreign):
             raise LorakitError(
                 f"its start needs the gradient of the weight, and a {place.kind.name} ({place.kind.note}) has none; "
                 "use another init"
             )
-        return variant.build(place.kind, sketch, place.mode)
+        return sketches.choice(place, variant)
     except LorakitError as error:
         raise LorakitError(f"at {place.label!r}: {error}") from None
 
 
-def _row(place: Place, variant: Variant, update: Update) -> Row:
+def _row(choice: Choice) -> Row:
+    place, variant, sketch = choice
     weight = place.outline
     notes = [f"also {name}" for name in place.names[1:]] + [f"tied to {name}" for name in place.tied]
     if place.kind.slices:
@@ -214,27 +269,27 @@ def _row(place: Place, variant: Variant, update: Update) -> Row:
         layer=place.label,
         kind=place.kind.name,
         weight=tuple(weight.shape),
-        tensors={name: tuple(tensor.shape) for name, tensor in update.named_parameters()},
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in update.parameters()),
+        tensors=sketch.tensors,
+        bytes=sketch.bytes,
         applied="beside" if place.mode == "beside" else "in the weight",
         note="; ".join([*notes, *([caution] if caution else [])]),
     )
 
 
-def _count(model: nn.Module) -> int:
-    return sum(count for count, _ in _numbers(model))
+def _count(index: Index) -> int:
+    return sum(count for count, _ in _numbers(index))
 
 
-def _numbers(model: nn.Module) -> list[tuple[int, int]]:
+def _numbers(index: Index) -> list[tuple[int, int]]:
     """The base's parameters without those of adapters: how many numbers, and the bytes of each.
 
     Of a foreign layer it is the matrix that it says it is: a packed weight has fewer numbers than that, or none.
     """
     owned: dict[int, tuple[int, int]] = {}
-    for module in {id(module): module for _, module in layers_of(model)}.values():
-        kind = as_foreign(module)
+    for key, module in index.modules.items():
+        kind = index.foreign(key)
         if kind is not None:
-            owned[id(module)] = kind.inputs * kind.outputs, outline(module, kind).element_size()
+            owned[key] = kind.inputs * kind.outputs, outline(module, kind).element_size()
             owned |= {id(p): (0, 0) for name, p in module._parameters.items() if p is not None and name != "bias"}
         for parameter in module._parameters.values():
             if parameter is not None and not is_lazy(parameter):

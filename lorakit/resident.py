@@ -32,9 +32,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
         return {}
     state = state_of(root)
     strengths = dict(state.selection.active)
+    everywhere = sites(root)
     found = {}
     for name, variant in state.variants.items():
-        mine = sites(root, name)
+        mine = [site for site in everywhere if name in site.adapted]
         tensors = [p for site in mine for p in site.adapted[name].parameters()]
         found[name] = Adapter(
             variant,

@@ -59,14 +59,16 @@ def join(path: str, name: str) -> str:
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every (name, module) of the base, a shared module once under each of its names; nothing that lorakit added."""
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
         yield path, module
-        for name, child in module._modules.items():
-            if child is not None and not isinstance(child, Adapters):
-                yield from walk(child, join(path, name))
-
-    return walk(model, "")
+        below = [
+            (join(path, name), child)
+            for name, child in module._modules.items()
+            if child is not None and not isinstance(child, Adapters)
+        ]
+        waiting += reversed(below)
 
 
 def sites(model: nn.Module, name: str | None = None) -> list[Site]:
@@ -100,11 +102,13 @@ def find_root(model: nn.Module) -> nn.Module | None:
     if KEY in vars(model):
         return model
     holders: dict[int, tuple[str, nn.Module]] = {}
+    adapted, some_are_bare = False, len(BARE) > 0
     for path, module in layers_of(model):
-        if module in BARE:
+        if some_are_bare and module in BARE:
             raise LorakitError("inside merged(...) the model is bare: leave the block first")
         if KEY in vars(module):
             holders[id(module)] = path, module
+        adapted = adapted or adapters_of(module) is not None
     if len(holders) > 1:
         parts = ", ".join(repr(path) for path, _ in holders.values())
         raise LorakitError(
@@ -113,18 +117,12 @@ def find_root(model: nn.Module) -> nn.Module | None:
         )
     if holders:
         return next(iter(holders.values()))[1]
-    if sites(model):
+    if adapted:
         raise LorakitError(
             f"this {type(model).__name__} is a part of a model that has adapters: call this on the model that was "
             "given to attach (a copy of a part is its own master if it is made inside merged(...))"
         )
     return None
-
-
-def root_of(model: nn.Module) -> nn.Module:
-    """The module that holds the state, or that would."""
-    root = find_root(model)
-    return unwrapped(model) if root is None else root
 
 
 def state_of(root: nn.Module) -> State:
@@ -150,18 +148,20 @@ def require(model: nn.Module, names: list[str] | None = None) -> tuple[nn.Module
     return root, state
 
 
-def check_complete(root: nn.Module, state: State, name: str) -> None:
-    """Whether the adapter still sits on all the weights it was added to.
+def check_complete(root: nn.Module, state: State, name: str) -> list[Site]:
+    """The sites of an adapter, checked to be all the weights it was added to.
 
     Raises:
         LorakitError: a layer was replaced since; its part of the adapter went with it.
     """
-    lost = set(state.weights[name]) - {site.name for site in sites(root, name)}
+    found = sites(root, name)
+    lost = set(state.weights[name]) - {site.name for site in found}
     if lost:
         raise LorakitError(
             f"adapter {name!r} has lost {', '.join(map(repr, sorted(lost)))}: the layers were replaced after it was "
             "added; add it again, or put the layers back"
         )
+    return found
 
 
 def check_together(state: State, names: Collection[str]) -> None:
@@ -189,8 +189,12 @@ def one_name(state: State, name: str | None) -> str:
     return next(iter(state.variants))
 
 
-def check_addition(model: nn.Module, name: str) -> None:
-    """Whether an adapter of this name can be added: not yet resident, and safe as a key of a state dict."""
+def check_addition(model: nn.Module, name: str) -> nn.Module:
+    """The module that an adapter of this name is added to: the one that holds the state, or that will.
+
+    Raises:
+        LorakitError: the name is resident already or no safe key of a state dict, or the model is in no state for it.
+    """
     if isinstance(unwrapped(model), DistributedDataParallel):
         raise LorakitError("add adapters before DistributedDataParallel: it would not know of their gradients")
     if not isinstance(name, str) or not name:
@@ -201,7 +205,9 @@ def check_addition(model: nn.Module, name: str) -> None:
         )
     if hasattr(AdaptedWeight(Selection()), name):
         raise LorakitError(f"adapter name {name!r} is taken by torch.nn.Module; choose another")
-    if find_root(model) is not None and name in require(model)[1].variants:
+    root = find_root(model)
+    if root is not None and name in state_of(root).variants:
         raise LorakitError(
             f"an adapter named {name!r} is already resident: choose another name, or remove that one first"
         )
+    return unwrapped(model) if root is None else root

@@ -1,12 +1,14 @@
 """Files that are whole or absent, and files by others that are read with suspicion."""
 
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
 from torch import Tensor
 
 from lorakit.errors import LorakitError
@@ -54,12 +56,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         what = "is not a file" if path.exists() else "does not exist"
         raise LorakitError(f"{path} {what}; check the path")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        content = path.read_bytes()
+        tensors = from_safetensors(content)  # several times as fast as one by one from the open file
+        size = int.from_bytes(content[:8], "little")  # of the header, which was found to be in order
+        return tensors, json.loads(content[8 : 8 + size]).get("__metadata__", {})
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as error:
         raise LorakitError(
             f"{path} is no readable safetensors file, or a damaged one: {error}; save or fetch it again"
         ) from None
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity."""
+    # A sum is finite only if every number is. It takes a part of the time, and may itself be too large.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

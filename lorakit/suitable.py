@@ -17,7 +17,7 @@ def check_weight(module: nn.Module, kind: Kind, path: str, whole: bool = False) 
         LorakitError: it cannot, and why.
     """
     name = join(path, kind.parameter)
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
     if hasattr(module, "lora") and not isinstance(module.lora, Adapters):
         raise LorakitError(f"cannot adapt {name!r}: {type(module).__name__} has a 'lora' of its own, our place")

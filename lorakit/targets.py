@@ -20,10 +20,8 @@ from lorakit.layers import (
     Mode,
     Parameter,
     Slices,
-    as_foreign,
     base_weight,
     dense_weight,
-    kinds_of,
     outline,
     parameter_names,
     parts_of,
@@ -73,11 +71,10 @@ class Place:
         return outline(self.layer, self.kind)
 
 
-def resolve(model: nn.Module, targets: Targets, exclude: Targets | None, mode: RequestedMode) -> list[Place]:
+def resolve(index: Index, targets: Targets, exclude: Targets | None, mode: RequestedMode) -> list[Place]:
     """The weights that `targets` without `exclude` selects, in the model's order, each once. Changes nothing."""
     if mode not in ("auto", "beside", "weight"):
         raise LorakitError(f"mode={mode!r} must be 'auto', 'beside' or 'weight'")
-    index = Index(model)
     out = _Excluded(index, patterns_of(exclude, "exclude") if exclude is not None else [])
     chosen: dict[tuple[int, str], Place] = {}
     for pattern in patterns_of(targets, "targets"):
@@ -85,7 +82,7 @@ def resolve(model: nn.Module, targets: Targets, exclude: Targets | None, mode: R
             for place in _places(index, module, parameter, mode, pattern, out):
                 kind = out.left_of(place)
                 if kind is not None:
-                    _choose(chosen, replace(place, kind=kind))
+                    _choose(chosen, place if kind is place.kind else replace(place, kind=kind))
     if not chosen:
         raise LorakitError(f"targets={targets!r} with exclude={exclude!r} leaves nothing to adapt")
     order = {module: i for i, module in enumerate(index.modules)}
@@ -104,15 +101,14 @@ def _choose(chosen: dict[tuple[int, str], Place], place: Place) -> None:
     chosen[key] = place
 
 
-def selected(model: nn.Module, pattern: Pattern, places: Sequence[Place]) -> list[int]:
+def selected(index: Index, pattern: Pattern, places: Sequence[Place]) -> list[int]:
     """Which of the places a pattern selects, by its module or by its parameter."""
-    chosen = _Excluded(Index(model), [pattern])
+    chosen = _Excluded(index, [pattern])
     return [i for i, place in enumerate(places) if chosen.has(id(place.layer), place.kind.parameter)]
 
 
-def wholes(model: nn.Module, patterns: Targets) -> list[Place]:
+def wholes(index: Index, patterns: Targets) -> list[Place]:
     """Every parameter that the patterns name, and every one in the modules that they name; in the weight."""
-    index = Index(model)
     places: dict[tuple[int, str], Place] = {}
     for pattern in patterns_of(patterns, "train_also"):
         for key, parameter in matches(index, pattern):
@@ -121,7 +117,7 @@ def wholes(model: nn.Module, patterns: Targets) -> list[Place]:
                 if id(module) in index.scripted and has_parameters(module):
                     raise _scripted(index, id(module))
                 for own in [parameter] if parameter is not None else list(parameter_names(module)):
-                    kind = _kind_named(module, own, whole=True)
+                    kind = _kind_named(index, id(module), own, whole=True)
                     if kind.slices:
                         raise LorakitError(f"{own!r} is a slice of {kind.parameter!r}, which is trained whole or not")
                     places[id(module), own] = _placed(index, id(module), kind, "weight", whole=True)
@@ -146,23 +142,23 @@ def place_of(
     if key in index.scripted:
         raise _scripted(index, key)
     layer = index.modules[key]
-    foreign = as_foreign(layer)
+    foreign = index.foreign(key)
     if foreign is not None and (foreign.parameter != parameter or mode == "weight"):
         foreign = None
     if foreign is None and parameter not in parameter_names(layer):  # what is foreign need not be a parameter
         raise LorakitError(f"the model has no parameter {join(path, parameter)!r}")
-    kind = foreign or _kind_named(layer, parameter, whole)
+    kind = foreign or _kind_named(index, key, parameter, whole)
     if slices:
-        sliced = next((k for k in kinds_of(layer) if isinstance(k, Slices) and k.parameter == parameter), None)
+        sliced = next((k for k in index.kinds[key] if isinstance(k, Slices) and k.parameter == parameter), None)
         if sliced is None or sliced.only(set(slices)).slices != slices:
             raise LorakitError(f"{join(path, parameter)!r} has no slices {', '.join(slices)} here, in this order")
         kind = sliced.only(set(slices))
     return _placed(index, key, kind, mode or ("weight" if whole else "auto"), whole)
 
 
-def _kind_named(layer: nn.Module, name: str, whole: bool = False) -> Kind:
+def _kind_named(index: Index, key: int, name: str, whole: bool = False) -> Kind:
     """The layer's own kind for its own weight, if it can be read, or for a slice; for any other the general one."""
-    for kind in kinds_of(layer):
+    for kind in index.kinds[key]:
         if isinstance(kind, Slices):
             if name in kind.names:
                 return kind.only({name})
@@ -175,6 +171,7 @@ class _Excluded:
     """What `exclude` names: parameters, and modules with everything below them."""
 
     def __init__(self, index: Index, patterns: list[Pattern]) -> None:
+        self.index = index
         self.matches: set[tuple[int, str | None]] = set()
         for pattern in patterns:
             for key, parameter in matches(index, pattern):
@@ -187,9 +184,11 @@ class _Excluded:
     def left_of(self, place: Place) -> Kind | None:
         """What is left to adapt of this weight; None if nothing."""
         key, kind = id(place.layer), place.kind
+        if not self.matches:
+            return kind
         if self.has(key, kind.parameter):
             return None
-        for whole in kinds_of(place.layer):
+        for whole in self.index.kinds[key]:
             gone = {name for name in whole.slices if (key, name) in self.matches}
             if not gone or whole.parameter != kind.parameter:
                 continue
@@ -214,14 +213,15 @@ def _places(
     if name is not None:
         if mode == "beside":
             raise only_read(join(path, name))
-        yield _placed(index, key, _kind_named(module, name), "weight")
+        yield _placed(index, key, _kind_named(index, key, name), "weight")
         return
     linear_only = pattern == "all-linear"
-    kinds = [kind for kind in kinds_of(module) if kind.is_linear or not linear_only]
+    kinds = [kind for kind in index.kinds[key] if kind.is_linear or not linear_only]
     parts = [] if linear_only else [module._modules[part] for part in parts_of(module).named if part in module._modules]
-    broad = is_glob(pattern) or not isinstance(pattern, str | type)
-    if not kinds and not parts and not (broad and not has_parameters(module)):
-        raise _not_adaptable(index, module, path)
+    if not kinds and not parts:
+        broad = is_glob(pattern) or not isinstance(pattern, str | type)
+        if not broad or has_parameters(module):
+            raise _not_adaptable(index, module, path)
     for kind in kinds:
         yield _placed(index, key, kind, mode)
     for part in parts:
@@ -264,12 +264,12 @@ def _not_adaptable(index: Index, module: nn.Module, name: str) -> LorakitError:
         return LorakitError(f"{what} as a whole; name its parameters ({some(matrices)}), or exclude it")
     if own:
         sizes = ", ".join(f"{n!r} is {tuple(p.shape)}" for n, p in module.named_parameters(name, recurse=False))
-        others = [index.names[key][0] for key, m in index.modules.items() if kinds_of(m)]
+        others = [index.names[key][0] for key, kinds in index.kinds.items() if kinds]
         return LorakitError(
             f"{what}: it has no weight of two axes or more ({sizes}), and a vector has no low-rank update; exclude it, "
             f"or name layers such as {some(others)}"
         )
-    below = [join(name, n) for n, m in layers_of(module) if n and (kinds_of(m) or parts_of(m).named)]
+    below = [join(name, n) for n, m in layers_of(module) if n and (index.kinds[id(m)] or parts_of(m).named)]
     if below:
         return LorakitError(f"{what}: it only holds other layers; name those, such as {some(below)}")
     return LorakitError(f"{what}: it has no weight; name a layer that has one, or a parameter")

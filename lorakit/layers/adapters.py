@@ -6,6 +6,7 @@ updates act is read at every call from one `Selection` that the whole model shar
 whatever the number of layers and of resident adapters.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast, final
@@ -66,9 +67,22 @@ class Update(nn.Module, ABC):
         """Take the tensors that `saved` gave, as they are: their dtype and device are kept."""
         for name, tensor in tensors.items():
             if name in self._parameters:
-                tensor = nn.Parameter(tensor)
-            setattr(self, name, tensor)
+                self._parameters[name] = nn.Parameter(tensor)
+            else:
+                setattr(self, name, tensor)
         self.place()
+
+    @final
+    def restored(self, tensors: Mapping[str, Tensor]) -> "Update":
+        """Another update like this one, with the tensors that `saved` gave; the two share nothing that changes."""
+        if self._modules:
+            update = copy.deepcopy(self)
+        else:  # the same, in a tenth of the time
+            update = type(self).__new__(type(self))
+            for name, value in vars(self).items():
+                vars(update)[name] = value.copy() if isinstance(value, _CONTAINERS) else value
+        update.restore(tensors)
+        return update
 
     def place(self) -> None:
         """Make anew what no file holds, where the other tensors now are. Called when they were moved or replaced."""
@@ -87,6 +101,9 @@ class Update(nn.Module, ABC):
         if any(key.startswith(prefix) for key in state_dict) or any(p.is_meta for p in self.parameters()):
             super()._load_from_state_dict(state_dict, prefix, *rest)
             self.place()
+
+
+_CONTAINERS = (dict, list, set)
 
 
 class _Children(nn.Module):

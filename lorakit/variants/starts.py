@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.layers import Kind, accumulation_dtype
@@ -19,6 +19,8 @@ _GAMMA = 16.0
 """LoRA-GA's γ, which sets how large its factors begin (Wang et al. 2024, arXiv:2407.05000, §4.1 and table 5)."""
 FROM_VALUES = ("pissa", "olora", "lora-ga")
 """The starts whose first product is not zero, to be subtracted."""
+_COMPUTED = (*FROM_VALUES, "loftq", "eva")
+"""The starts that are no random draw."""
 
 
 class Start(NamedTuple):
@@ -36,18 +38,20 @@ def start(spec: LowRank, kind: Kind, weight: Tensor, evidence: Tensor | None, *,
     """
     a_shape, b_shape = kind.factor_shapes(weight, spec.rank)
     dtype = accumulation_dtype(weight.dtype)
-    A = torch.zeros(a_shape, dtype=dtype, device=weight.device)
-    B = torch.zeros(b_shape, dtype=dtype, device=weight.device)
-    if spec.needs == "inputs" and getattr(kind, "takes", "other") != "vectors":
+    computed = spec.init in _COMPUTED
+    if spec.init == "eva" and getattr(kind, "takes", "other") != "vectors":
         raise LorakitError(
             f"init={spec.init!r} takes principal directions of a layer's input vectors, and a {kind.name} has none; "
             "adapt linear layers so, or use another init"
         )
-    if spec.init in (*FROM_VALUES, "loftq", "eva"):
+    if computed:
         _check_rank(spec, kind, weight)
+    make = torch.empty if weight.is_meta else torch.zeros
+    A = make(a_shape, dtype=dtype, device=weight.device)
+    B = make(b_shape, dtype=dtype, device=weight.device)
     if weight.is_meta:
         return Start(A, B)
-    if spec.init in (*FROM_VALUES, "loftq", "eva"):
+    if computed:
         matrices = _computed(spec, kind, weight, evidence, dtype)
         for factor, matrix in zip((A, B), matrices, strict=True):
             if matrix is not None:
@@ -57,15 +61,15 @@ def start(spec: LowRank, kind: Kind, weight: Tensor, evidence: Tensor | None, *,
     # never looked up in training then stays as it was.
     random = B if kind.lookup and not frozen_A else A
     if spec.init == "gaussian":
-        nn.init.normal_(random, std=1 / spec.rank if spec.std is None else spec.std)
+        random.normal_(std=1 / spec.rank if spec.std is None else spec.std)
     elif spec.init == "orthogonal":
         inner = len(kind.matrix_shape(weight)) - 1
         random.copy_(_orthonormal(random.flatten(inner)).view(random.shape))
     elif kind.lookup:
-        nn.init.normal_(random)
+        random.normal_()
     else:
         bound = 1 / math.sqrt(kind.matrix_shape(weight)[-1])
-        nn.init.uniform_(random, -bound, bound)
+        random.uniform_(-bound, bound)
     return Start(A, B)
 
 
