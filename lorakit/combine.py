@@ -172,4 +172,4 @@ def _addition(site: Site, like: str, B: Tensor, A: Tensor) -> Addition:
     # Copies: with one adapter and a weight of 1, the factors are that adapter's own.
     tensors = {"A": A.reshape(a_shape).to(dtype), "B": B.reshape(b_shape).to(dtype)}
     update.restore({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()})
-    return Addition(site.layer, model.kind, update, variant)
+    return Addition(site.name, site.layer, update, variant)

@@ -11,6 +11,7 @@ from benchmarks.speed.layer import bytes_kept, layer
 from benchmarks.speed.rows import per_row
 from benchmarks.speed.steps import digits, dora, llama_step
 from benchmarks.speed.timing import Result
+from benchmarks.speed.values import combining, merging, merging_for_good, optimizing
 from benchmarks.speed.verbs import attach, load, switch
 
 Run = Callable[..., Iterator[Result]]
@@ -38,7 +39,10 @@ SCENARIOS: dict[str, Scenario] = {
     "merged": Scenario(merged, "the bare model's time, and nothing left in the module tree"),
     "switch": Scenario(switch, "constant, and at least 500 times as fast as PEFT"),
     "load": Scenario(load, "at most twice `load_file`, for the 64th too"),
-    # Here: the values' scenarios, from benchmarks.speed.values: merging, combining, optimizing.
+    "merge": Scenario(merging, "at most 2.2 of a copy of the weights"),
+    "merge_for_good": Scenario(merging_for_good, "at most 2.2 of a copy of the weights"),
+    "combine": Scenario(combining, "at least 100 times as fast as PEFT"),
+    "optimize": Scenario(optimizing, "at most 1.2 of one plain tensor of all the numbers"),
     "per_row": Scenario(per_row, "at most 1.2 of the base for up to 32 adapters, 1.6 for 64"),
     "bytes": Scenario(bytes_kept, "exactly the floor"),
     "attach": Scenario(attach, "at most 1.5 of making the tensors"),

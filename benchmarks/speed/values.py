@@ -9,20 +9,21 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from benchmarks.speed.models import check_equal, llama, ours, theirs
-from benchmarks.speed.timing import Arm, Result, interleaved
+from benchmarks.speed.timing import Apart, Arm, Result, interleaved
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
 
-def merging() -> Iterator[Result]:
+def merging(quick: bool = False) -> Iterator[Result]:
     """Entering and leaving a merged block. The floor is one copy of the adapted weights, all held at once.
 
     "clones, each dropped" is the same copies into memory that is in the cache already, which no merged model is;
     "addmm" is the sum itself, W + B·A into new tensors, with no check and nothing around it.
     """
-    for hidden, layers, dtype in ((512, 4, torch.float32), (1024, 2, torch.float32), (512, 4, torch.bfloat16)):
+    full_size = ((512, 4, torch.float32), (1024, 2, torch.float32), (512, 4, torch.bfloat16))
+    for hidden, layers, dtype in ((16, 1, torch.float32),) if quick else full_size:
         base = llama(hidden, layers=layers).to(dtype)
         mine = ours(base, 8)
         weights = [mine.get_parameter(name).detach() for name in lk.adapters(mine)["default"].weights]
@@ -53,35 +54,30 @@ def merging() -> Iterator[Result]:
                 peer.unmerge_adapter()
 
             arms |= {"addmm": addmm, "peft": with_theirs}
-        values = interleaved(arms, rounds=7)
+        values = interleaved(arms, rounds=7, quick=quick)
         yield Result(f"{len(weights)} targets, d={hidden}, {str(dtype)[6:]}", values, "floor", 2.2)
 
 
-def merging_for_good() -> Iterator[Result]:
+def merging_for_good(quick: bool = False) -> Iterator[Result]:
     """Merging for good, with the report; each time into a fresh copy of the model, which is not timed."""
-    from time import process_time
-
-    for hidden, layers in ((512, 4), (1024, 2)):
+    for hidden, layers in ((16, 1),) if quick else ((512, 4), (1024, 2)):
         base = llama(hidden, layers=layers)
         mine = ours(base, 8)
         peer = theirs(base, mine, 8)
         weights = [mine.get_parameter(name).detach() for name in lk.adapters(mine)["default"].weights]
-        values = interleaved({"floor": lambda weights=weights: [weight.clone() for weight in weights]}, rounds=7)
-        for name, model, verb in (("lorakit", mine, lk.merge), ("peft", peer, lambda m: m.merge_and_unload())):
-            least = float("inf")
-            for _ in range(5):
-                fresh = copy.deepcopy(model)
-                begin = process_time()
-                verb(fresh)
-                least = min(least, process_time() - begin)
-            values[name] = least
+        arms: dict[str, Arm] = {
+            "floor": lambda weights=weights: [weight.clone() for weight in weights],
+            "lorakit": Apart(lk.merge, before=lambda mine=mine: copy.deepcopy(mine)),
+            "peft": Apart(lambda peer: peer.merge_and_unload(), before=lambda peer=peer: copy.deepcopy(peer)),
+        }
+        values = interleaved(arms, rounds=7, quick=quick)
         yield Result(f"for good, {len(weights)} targets, d={hidden}", values, "floor", 2.2)
 
 
-def combining() -> Iterator[Result]:
+def combining(quick: bool = False) -> Iterator[Result]:
     """Two adapters of rank 16 as one, exact or of rank 16. PEFT forms each B·A and takes its SVD; the aim is 1/100."""
     rank = 16
-    for d, layers in ((512, 8), (1024, 2)):
+    for d, layers in ((48, 2),) if quick else ((512, 8), (1024, 2)):
         torch.manual_seed(0)
         base = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(layers))).requires_grad_(False)
         names = [str(i) for i in range(layers)]
@@ -115,14 +111,16 @@ def combining() -> Iterator[Result]:
         peer.delete_adapter("c")
         exact: Arm = combine
         arms: dict[str, Arm] = {"lorakit": lambda: combine(bound=rank), "lorakit, exact": exact, "peft": with_theirs}
-        yield Result(f"{layers} targets, d={d}, 16 + 16 to 16", interleaved(arms, rounds=3), "peft", 1 / 100)
+        yield Result(
+            f"{layers} targets, d={d}, 16 + 16 to 16", interleaved(arms, rounds=3, quick=quick), "peft", 1 / 100
+        )
 
 
-def optimizing() -> Iterator[Result]:
+def optimizing(quick: bool = False) -> Iterator[Result]:
     """Clipping, AdamW's step and zero_grad over 448 tensors. The floor is one plain tensor of all the numbers."""
-    for d in (64, 384, 1536):
+    for d in (16,) if quick else (64, 384, 1536):
         torch.manual_seed(0)
-        mine = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(224)))
+        mine = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(2 if quick else 224)))
         lk.attach(mine, lk.LoRA(rank=8))
         tensors = [nn.Parameter(p.detach().clone()) for p in lk.adapter_parameters(mine)]
         flat = lk.flat_parameter(mine)
@@ -159,4 +157,4 @@ def optimizing() -> Iterator[Result]:
             "448 tensors, fused": arm(tensors, give_each, True),
             "448 tensors, for-loop": arm(tensors, give_each, False),
         }
-        yield Result(f"448 tensors, {flat.numel():,} numbers", interleaved(arms, rounds=5), "floor", 1.2)
+        yield Result(f"448 tensors, {flat.numel():,} numbers", interleaved(arms, rounds=5, quick=quick), "floor", 1.2)
