@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from time import process_time
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,6 @@ def merging() -> Iterator[Result]:
 
 def merging_for_good() -> Iterator[Result]:
     """Merging for good, with the report; each time into a fresh copy of the model, which is not timed."""
-    from time import process_time
-
     for hidden, layers in ((512, 4), (1024, 2)):
         base = llama(hidden, layers=layers)
         mine = ours(base, 8)
