@@ -128,6 +128,8 @@ class AdaptedWeight(_Children):
 
     place: int | None = None
     """Where the adapters' tables have the updates of this weight."""
+    ready: Any = None
+    """What calls with few rows found (`ready.Ready`); a copy finds its own."""
 
     def __init__(self, selection: Selection) -> None:
         super().__init__()
@@ -140,6 +142,10 @@ class AdaptedWeight(_Children):
         """The adapter's update of this weight from now on."""
         self._modules[name] = update
         self.selection.enter(name, self)
+        vars(self).pop("ready", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "ready"}
 
     def acting(self) -> list[tuple[Update, Strength]]:
         """The updates that act now, in the order of activation, each with its strength.

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from lorakit.layers.adapters import AdaptedWeight, Adapters, Update
 from lorakit.layers.kind import STAND_INS, CalledKind, Inputs, base_weight, in_dtype
 from lorakit.layers.linear import Linear
+from lorakit.layers.ready import Ready
 from lorakit.layers.rows import by_row
 from lorakit.layers.severed import guarded
-from lorakit.layers.thin import Strength, Term, adapted_linear, add_thin_product
+from lorakit.layers.thin import Strength, Term, adapted_linear, add_thin_product, is_plain
 
 
 def watch(layer: nn.Module, adapters: Adapters) -> None:
@@ -62,9 +63,17 @@ def _is_plain_linear(layer: nn.Module, adapted: AdaptedWeight) -> bool:
 def linear_forward(layer: nn.Module, adapted: AdaptedWeight, input: Tensor) -> Tensor:
     """The forward of a plain linear layer with updates beside it; input: (..., in), result: (..., out)."""
     own = layer._parameters  # an attribute of a module is found ten times slower
-    weight, bias = cast(Tensor, own.get("weight")), own.get("bias")
+    weight: Any = own.get("weight")
+    bias: Any = own.get("bias")
     if weight is None or "bias" not in own:  # something computes them since: torch's parametrize, say
-        weight, bias = cast(Tensor, layer.weight), cast(Any, layer.bias)
+        weight, bias = layer.weight, layer.bias
+    if adapted.selection.rows is None and is_plain(input, weight):
+        ready: Ready | None = adapted.ready
+        if ready is None or not ready.holds(adapted):
+            ready = vars(adapted)["ready"] = Ready(adapted)
+        few = ready.apply(input, weight, bias)
+        if few is not None:
+            return few
     acting = adapted.acting()
     if acting and adapted.selection.rows is None:
         update, strength = acting[0]

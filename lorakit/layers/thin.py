@@ -36,8 +36,8 @@ Term = tuple[Tensor, Tensor, Strength, float]
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -> Tensor:
     """x·Wᵀ + b + s·(D(x)·Aᵀ)·Bᵀ for x: (..., k)."""
-    A, _, _, dropout = term
-    if not is_plain(x, A) or type(weight) not in _PLAIN:
+    A, B, scale, dropout = term
+    if not is_plain(x, A) or type(weight) not in _PLAIN or A.is_meta != x.is_meta:
         return add_thin_product(F.linear(x, weight, bias), x, term)
     trains = _trains(x, term)
     if trains and _pays(x, term) and not weight.requires_grad and (bias is None or not bias.requires_grad):
@@ -45,9 +45,15 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -
     y = F.linear(x, weight, bias)
     if trains and _pays(x, term):
         return _fused(x, y, None, None, term)
-    h = _rows(x).mm(A.t()) if trains else _shrunk(x, A, dropout, _seed(term))
-    # Its own output is written into, but not through a view that autograd watches: that costs more than a copy.
-    return _add(y, h, term, fresh=y.dim() == 2 or not y.requires_grad)
+    if trains:
+        return add_few(y, x, A, B, cast(float, scale))
+    return _add(y, _shrunk(x, A, dropout, _seed(term)), term, fresh=not y.requires_grad)
+
+
+def add_few(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Y + s·(x·Aᵀ)·Bᵀ by plain autograd, for few rows; y is x·Wᵀ + b and nobody else's."""
+    # It is written into, but not through a view that autograd watches: that costs more than a copy.
+    return _add(y, _rows(x).mm(A.t()), (A, B, scale, 0.0), fresh=y.dim() == 2 or not y.requires_grad)
 
 
 def add_thin_product(y: Tensor, x: Tensor, term: Term) -> Tensor:
@@ -85,7 +91,6 @@ def is_plain(x: Tensor, A: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not x.is_nested
-        and A.is_meta == x.is_meta
     )
 
 

@@ -1,0 +1,73 @@
+"""Few rows: what a call of a linear layer needs, found once and not at every call.
+
+For ten vectors, or one in decoding, the arithmetic is little and finding the update is much: which adapters act, which
+factors they have, and views of them the other way round. While one adapter acts, through two factors that are tensors
+of its own, this is kept until something of it changes.
+"""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorakit.layers.adapters import AdaptedWeight
+from lorakit.layers.thin import MANY, add_few
+
+
+@final
+class Ready:
+    """The one term that acts on a weight now, or that there is none to keep."""
+
+    __slots__ = ("A", "At", "B", "Bt", "acting", "at", "owner_A", "owner_B", "scale", "update")
+
+    def __init__(self, adapted: AdaptedWeight) -> None:
+        self.acting = adapted.selection.acting
+        self.A: Tensor | None = None
+        acting = adapted.acting() if self.acting is not None else []
+        if len(acting) != 1:
+            return
+        self.update, strength = acting[0]
+        term = self.update.term(strength)
+        if term is None or getattr(self.update, "dropout", 0.0) > 0:  # it drops in training only, and modes change
+            return
+        A, B, scale, _ = term
+        owners = [self._owner("A", A), self._owner("B", B)]
+        if None in owners or isinstance(scale, Tensor):  # factors that are computed at every call
+            return
+        self.owner_A, self.owner_B = owners
+        self.A, self.B, self.scale, self.at = A, B, scale, (A.data_ptr(), B.data_ptr())
+        with torch.inference_mode(False), torch.no_grad():
+            self.At, self.Bt = A.t(), B.t()
+
+    def _owner(self, name: str, tensor: Tensor) -> dict[str, Any] | None:
+        held = (self.update._parameters, self.update._buffers)
+        return next((owner for owner in held if owner.get(name) is tensor), None)
+
+    def holds(self, adapted: AdaptedWeight) -> bool:
+        """Whether all is as it was found; values may have changed, the views see that."""
+        if self.acting is not adapted.selection.acting:
+            return False
+        A = self.A
+        return A is None or (
+            self.update.enabled
+            and self.owner_A["A"] is A  # type: ignore[index]
+            and self.owner_B["B"] is self.B  # type: ignore[index]
+            and (A.data_ptr(), self.B.data_ptr()) == self.at
+        )
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ for few rows x: (..., k); None if it is not for these."""
+        A = self.A
+        if A is None or x.dtype != A.dtype or x.numel() >= MANY * x.shape[-1] or A.is_meta != x.is_meta:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or self.B.requires_grad):
+            return add_few(F.linear(x, weight, bias), x, A, self.B, self.scale)
+        shape = None if x.dim() == 2 else x.shape
+        rows = x if shape is None else x.reshape(-1, shape[-1])
+        y = F.linear(rows, weight, bias)
+        if self.scale == 1:
+            y.addmm_(torch.mm(rows, self.At), self.Bt)
+        else:
+            y.addmm_(torch.mm(rows, self.At), self.Bt, alpha=self.scale)
+        return y if shape is None else y.view(*shape[:-1], y.shape[-1])
