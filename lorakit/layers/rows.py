@@ -7,6 +7,7 @@ and again if they changed. What is no product of two factors, or of too unequal 
 the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter, getitem, is_
 from typing import Any, cast
@@ -21,6 +22,9 @@ from lorakit.layers.choice import Layout, RowChoice
 from lorakit.layers.kind import CalledKind, Inputs, VectorKind
 from lorakit.layers.thin import Term, is_plain
 
+_MANY = 16
+"""Vectors for each adapter from which the order of thin products counts."""
+
 
 def by_row(
     layer: nn.Module, adapted: AdaptedWeight, inputs: Inputs, base: Tensor, y: Tensor, frozen: Tensor | None = None
@@ -34,7 +38,7 @@ def by_row(
     if base.dim() > 0 and base.shape[0] == len(choice.names) and not torch.is_grad_enabled():
         stacked: Stacked | None = choice.stacks.get(adapted.place)
         if stacked is not None and stacked.layout.rows.device == y.device and stacked.is_current(inputs[0], y):
-            return _add_products(y, inputs[0], stacked, frozen)
+            return _add_products(y, inputs[0], stacked, fresh=frozen is not None)
     names = tuple(name for name in choice.groups if name in adapted and adapted[name].enabled)
     if not names:
         return y
@@ -48,12 +52,9 @@ def by_row(
         updates = [adapted[name] for name in names]
         terms = [update.term(1.0) for update in updates]
         layout = choice.layout(names, y.device)
-        if layout.pays and all(term is not None and _batched(inputs[0], y, term) for term in terms):
+        if layout.pays and all(term is not None and _fits(inputs[0], y, term) for term in terms):
             kind.check(layer, inputs[0], y)
-            stacked = _stack(updates, cast(list[Term], terms), layout)
-            if stacked.sources is not None and not torch.is_grad_enabled():
-                choice.stacks[adapted.place] = stacked
-            return _add_products(y, inputs[0], stacked, frozen)
+            return _batched(choice, adapted, updates, cast(list[Term], terms), layout, inputs[0], y, frozen)
     for name in names:
         update = adapted[name]
         index = torch.tensor(choice.groups[name], device=y.device)
@@ -72,9 +73,31 @@ def _sliceable(inputs: tuple[Any, ...], rows: int) -> bool:
     return all(x.dim() > 1 and x.shape[0] == rows for x in tensors)
 
 
-def _batched(x: Tensor, y: Tensor, term: Term) -> bool:
+def _fits(x: Tensor, y: Tensor, term: Term) -> bool:
     A, _, _, dropout = term
     return dropout == 0 and x.dtype == y.dtype == A.dtype and A.device == x.device and x.shape[:-1] == y.shape[:-1]
+
+
+def _batched(
+    choice: RowChoice,
+    adapted: AdaptedWeight,
+    updates: list[Update],
+    terms: list[Term],
+    layout: Layout,
+    x: Tensor,
+    y: Tensor,
+    frozen: Tensor | None,
+) -> Tensor:
+    As, Bs = [term[0] for term in terms], [term[1] for term in terms]
+    scales = [cast(float, term[2]) for term in terms]
+    if frozen is not None and torch.is_grad_enabled():
+        added: Tensor = _ByRow.apply(x, y.detach(), frozen, layout, scales, *As, *Bs)  # type: ignore[no-untyped-call]
+        return added
+    A, B = _stack(As, Bs, scales)
+    stacked = Stacked(A, B.mT.contiguous(), layout, tuple(updates), _sources(updates, As, Bs))
+    if stacked.sources is not None and not torch.is_grad_enabled():
+        choice.stacks[adapted.place] = stacked
+    return _add_products(y, x, stacked, fresh=frozen is not None)
 
 
 @dataclass(frozen=True)
@@ -116,13 +139,13 @@ class Sources:
 _VERSION, _IS_ENABLED = attrgetter("_version"), attrgetter("enabled")
 
 
-def _sources(updates: list[Update], terms: list[Term]) -> Sources | None:
+def _sources(updates: list[Update], As: list[Tensor], Bs: list[Tensor]) -> Sources | None:
     owners: list[dict[str, Any]] = []
     names, tensors = [], []
-    for update, term in zip(updates, terms, strict=True):
+    for update, A, B in zip(updates, As, Bs, strict=True):
         if getattr(update, "dropout", 0.0) > 0:
             return None  # it acts in training only, and the mode may change
-        for name, tensor in zip("AB", term[:2], strict=True):
+        for name, tensor in (("A", A), ("B", B)):
             owner = next((held for held in (update._parameters, update._buffers) if held.get(name) is tensor), None)
             if owner is None or tensor.is_inference():  # computed, or without a count of its changes
                 return None
@@ -132,21 +155,21 @@ def _sources(updates: list[Update], terms: list[Term]) -> Sources | None:
     return Sources(owners, names, tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors])
 
 
-def _stack(updates: list[Update], terms: list[Term], layout: Layout) -> Stacked:
-    rank = max(A.shape[0] for A, _, _, _ in terms)
-    As = [A if A.shape[0] == rank else F.pad(A, (0, 0, 0, rank - A.shape[0])) for A, _, _, _ in terms]
-    Bts = [B.t() if scale == 1 else B.t() * scale for _, B, scale, _ in terms]
-    Bts = [Bt if Bt.shape[0] == rank else F.pad(Bt, (0, 0, 0, rank - Bt.shape[0])) for Bt in Bts]
-    return Stacked(torch.stack(As), torch.stack(Bts), layout, tuple(updates), _sources(updates, terms))
+def _stack(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: list[float]) -> tuple[Tensor, Tensor]:
+    """A (E, r, k) and s·B (E, d, r)."""
+    rank = max(len(A) for A in As)
+    As = [A if len(A) == rank else F.pad(A, (0, 0, 0, rank - len(A))) for A in As]
+    Bs = [B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1])) for B in Bs]
+    B = torch.stack(Bs)
+    if any(scale != 1 for scale in scales):
+        B = B * torch.tensor(scales, dtype=B.dtype, device=B.device).view(-1, 1, 1)
+    return torch.stack(As), B
 
 
-def _add_products(y: Tensor, x: Tensor, stacked: Stacked, frozen: Tensor | None) -> Tensor:
-    """Y + each row's product; x: (n, ..., k), y: (n, ..., d)."""
+def _add_products(y: Tensor, x: Tensor, stacked: Stacked, *, fresh: bool) -> Tensor:
+    """Y + each row's product; x: (n, ..., k), y: (n, ..., d). A fresh y is written into, and has no gradient."""
     A, Bt, layout = stacked.A, stacked.Bt, stacked.layout
-    if frozen is not None:
-        if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or Bt.requires_grad):
-            added: Tensor = _ByRow.apply(x, y.detach(), frozen, A, Bt, layout)  # type: ignore[no-untyped-call]
-            return added
+    if fresh:
         _into(y, _shrunk(x, A, layout), Bt, layout)
         return y
     update, rows = torch.bmm(_shrunk(x, A, layout), Bt), layout.rows
@@ -179,38 +202,61 @@ def _into(total: Tensor, thin: Tensor, wide: Tensor, layout: Layout) -> None:
 
 
 class _ByRow(torch.autograd.Function):
-    """The frozen linear map with an update for each row, computed as in `thin`: y is x·Wᵀ + b, and is written into."""
+    """The frozen linear map with an update for each row, computed as in `thin`: y is x·Wᵀ + b, and is written into.
+
+    It takes every adapter's A and then every B, which it stacks itself: as nodes of autograd's graph, what hundreds of
+    small tensors go through would cost more than the arithmetic.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, A: Tensor, Bt: Tensor, layout: Layout) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor, layout: Layout, scales: list[float], *factors: Tensor
+    ) -> Tensor:
+        A, B = _stack(factors[: layout.count], factors[layout.count :], scales)
         h = _shrunk(x, A, layout)
         y = y.detach()
-        _into(y, h, Bt, layout)
-        ctx.layout = layout
-        ctx.save_for_backward(x, weight, A, Bt, h)
+        _into(y, h, B.mT, layout)
+        ctx.layout, ctx.scales = layout, scales
+        ctx.save_for_backward(x, weight, h, A, B, *factors)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        layout = ctx.layout
-        x, weight, A, Bt, h = ctx.saved_tensors
+        layout, scales, count = ctx.layout, ctx.scales, ctx.layout.count
+        x, weight, h, A, B, *factors = ctx.saved_tensors
+        again = (
+            torch.is_grad_enabled()
+        )  # the gradient's own gradient is wanted: all must lead back to x and the factors
+        if again:
+            A, B = _stack(factors[:count], factors[count:], scales)
+            h = _shrunk(x, A, layout)
         g = gradients[0].contiguous()
         own = _sorted(g, layout)
         if layout.filled is not None:  # a row that fills up is nobody's
             mask = own.new_zeros(len(layout.rows)).index_fill(0, layout.filled, 1)
-            own = own * mask.view(layout.count, layout.largest, 1).repeat_interleave(own.shape[1] // layout.largest, 1)
-        u = torch.bmm(Bt, own.mT)  # (E, r, m)
-        gx = gA = gBt = None
-        again = torch.is_grad_enabled()  # the gradient's own gradient is wanted: h must lead back to x and A
-        if ctx.needs_input_grad[3]:
-            gA = torch.bmm(u, _sorted(x, layout))
-        if ctx.needs_input_grad[4]:
-            gBt = torch.bmm((_shrunk(x, A, layout) if again else h).mT, own)
+            own = own * mask.view(count, layout.largest, 1).repeat_interleave(own.shape[1] // layout.largest, 1)
+        many = own.shape[1] >= _MANY  # then thin sides come first, as in `thin`
+        u = torch.bmm(B.mT.contiguous(), own.mT).mT if many else torch.bmm(own, B)  # (E, m, r)
+        gx = None
+        found: list[Tensor | None] = [None] * (2 * count)
+        _, _, _, _, _, *needed = ctx.needs_input_grad
+        if any(needed[:count]):
+            gA = torch.bmm(u.mT, _sorted(x, layout))
+            found[:count] = [_first(each, len(A), 0) for each, A in zip(gA.unbind(), factors[:count], strict=True)]
+        if any(needed[count:]):
+            gB = torch.bmm(h.mT, own).mT if many else torch.bmm(own.mT, h)  # (E, d, r)
+            if any(scale != 1 for scale in scales):
+                gB = gB * gB.new_tensor(scales).view(-1, 1, 1)
+            found[count:] = [_first(each, B.shape[1], 1) for each, B in zip(gB.unbind(), factors[count:], strict=True)]
         if ctx.needs_input_grad[0]:
             gx = F.linear(g, weight.t())
             if again:
-                update = torch.bmm(u.mT, A).view(len(layout.rows), *gx.shape[1:])
-                gx = gx.index_add(0, layout.rows, update)
+                gx = gx.index_add(0, layout.rows, torch.bmm(u, A).view(len(layout.rows), *gx.shape[1:]))
             else:
-                _into(gx, u.mT, A, layout)
-        return gx, None, None, gA, gBt, None
+                _into(gx, u, A, layout)
+        return gx, None, None, None, None, *(each if needed[i] else None for i, each in enumerate(found))
+
+
+def _first(x: Tensor, rank: int, axis: int) -> Tensor:
+    """The part of a gradient that belongs to the factor, and not to the zeros that filled it up."""
+    return x if x.shape[axis] == rank else x.narrow(axis, 0, rank)
