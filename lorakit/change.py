@@ -101,7 +101,7 @@ def drop(root: nn.Module, state: State, name: str) -> None:
     for site in mine:
         adapters = uninstall(site.layer)
         assert adapters is not None
-        del site.adapted._modules[name]
+        site.adapted.take(name)
         if not len(site.adapted):
             del adapters._modules[site.parameter]
         if len(adapters):

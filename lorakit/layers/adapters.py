@@ -144,6 +144,11 @@ class AdaptedWeight(_Children):
         self.selection.enter(name, self)
         vars(self).pop("ready", None)
 
+    def take(self, name: str) -> None:
+        """Give up the adapter's update of this weight."""
+        del self._modules[name]
+        vars(self).pop("ready", None)
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "ready"}
 

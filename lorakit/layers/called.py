@@ -54,6 +54,8 @@ def has_our_forward(layer: nn.Module) -> bool:
 def _is_plain_linear(layer: nn.Module, adapted: AdaptedWeight) -> bool:
     return (
         "forward" not in vars(layer)
+        and not hasattr(type(layer), "weight")  # a property
+        and not hasattr(type(layer), "bias")
         and layer._parameters.get("weight") is not None
         and "bias" in layer._parameters
         and all(isinstance(adapted[name].kind, Linear) and adapted[name].mode == "beside" for name in adapted)

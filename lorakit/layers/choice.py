@@ -55,7 +55,7 @@ class Selection:
     def forget(self, name: str) -> None:
         """Give up the adapter's table."""
         if self.tables is not None:
-            self.tables.pop(name, None)
+            self.tables.pop(name, []).clear()  # layers may still know it, until their next call
 
     def reindex(self, weights: Iterable[Any]) -> None:
         """Make the tables anew, for a copy."""

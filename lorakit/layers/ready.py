@@ -5,6 +5,7 @@ factors they have, and views of them the other way round. While one adapter acts
 of its own, this is kept until something of it changes.
 """
 
+from operator import attrgetter
 from typing import Any, final
 
 import torch
@@ -14,22 +15,29 @@ from torch.nn import functional as F
 from lorakit.layers.adapters import AdaptedWeight
 from lorakit.layers.thin import MANY, add_few
 
+NUMBERS = attrgetter("scale", "dropout")
+"""What the term of an update depends on beside its tensors, if it says so."""
+
 
 @final
 class Ready:
     """The one term that acts on a weight now, or that there is none to keep."""
 
-    __slots__ = ("A", "At", "B", "Bt", "acting", "at", "owner_A", "owner_B", "scale", "update")
+    __slots__ = ("A", "At", "B", "Bt", "acting", "at", "numbers", "owner_A", "owner_B", "scale", "update")
 
     def __init__(self, adapted: AdaptedWeight) -> None:
         self.acting = adapted.selection.acting
         self.A: Tensor | None = None
         acting = adapted.acting() if self.acting is not None else []
-        if len(acting) != 1:
+        chosen = [name for name, _ in adapted.selection.active if name in adapted]
+        if len(acting) != 1 or len(chosen) != 1:  # one that is not enabled may be enabled later
             return
         self.update, strength = acting[0]
         term = self.update.term(strength)
-        if term is None or getattr(self.update, "dropout", 0.0) > 0:  # it drops in training only, and modes change
+        if term is None or not hasattr(self.update, "scale") or not hasattr(self.update, "dropout"):
+            return
+        self.numbers = NUMBERS(self.update)
+        if self.numbers[1] > 0:  # it drops in training only, and modes change
             return
         A, B, scale, _ = term
         owners = [self._owner("A", A), self._owner("B", B)]
@@ -54,6 +62,7 @@ class Ready:
             and self.owner_A["A"] is A  # type: ignore[index]
             and self.owner_B["B"] is self.B  # type: ignore[index]
             and (A.data_ptr(), self.B.data_ptr()) == self.at
+            and NUMBERS(self.update) == self.numbers
         )
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

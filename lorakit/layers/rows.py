@@ -20,6 +20,7 @@ from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Update
 from lorakit.layers.choice import Layout, RowChoice
 from lorakit.layers.kind import CalledKind, Inputs, VectorKind
+from lorakit.layers.ready import NUMBERS
 from lorakit.layers.thin import Term, is_plain
 
 _MANY = 16
@@ -39,7 +40,8 @@ def by_row(
         stacked: Stacked | None = choice.stacks.get(adapted.place)
         if stacked is not None and stacked.layout.rows.device == y.device and stacked.is_current(inputs[0], y):
             return _add_products(y, inputs[0], stacked, fresh=frozen is not None)
-    names = tuple(name for name in choice.groups if name in adapted and adapted[name].enabled)
+    here = [name for name in choice.groups if name in adapted]
+    names = tuple(name for name in here if adapted[name].enabled)
     if not names:
         return y
     kind = cast(CalledKind, adapted[names[0]].kind)
@@ -54,7 +56,10 @@ def by_row(
         layout = choice.layout(names, y.device)
         if layout.pays and all(term is not None and _fits(inputs[0], y, term) for term in terms):
             kind.check(layer, inputs[0], y)
-            return _batched(choice, adapted, updates, cast(list[Term], terms), layout, inputs[0], y, frozen)
+            result, stacked = _batched(updates, cast(list[Term], terms), layout, inputs[0], y, frozen)
+            if stacked is not None and stacked.sources is not None and len(names) == len(here):
+                choice.stacks[adapted.place] = stacked  # one that is not enabled may be enabled later
+            return result
     for name in names:
         update = adapted[name]
         index = torch.tensor(choice.groups[name], device=y.device)
@@ -79,25 +84,23 @@ def _fits(x: Tensor, y: Tensor, term: Term) -> bool:
 
 
 def _batched(
-    choice: RowChoice,
-    adapted: AdaptedWeight,
     updates: list[Update],
     terms: list[Term],
     layout: Layout,
     x: Tensor,
     y: Tensor,
     frozen: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, "Stacked | None"]:
+    """The output with each row's update, and without gradients what was made for that."""
     As, Bs = [term[0] for term in terms], [term[1] for term in terms]
     scales = [cast(float, term[2]) for term in terms]
     if frozen is not None and torch.is_grad_enabled():
         added: Tensor = _ByRow.apply(x, y.detach(), frozen, layout, scales, *As, *Bs)  # type: ignore[no-untyped-call]
-        return added
+        return added, None
     A, B = _stack(As, Bs, scales)
     stacked = Stacked(A, B.mT.contiguous(), layout, tuple(updates), _sources(updates, As, Bs))
-    if stacked.sources is not None and not torch.is_grad_enabled():
-        choice.stacks[adapted.place] = stacked
-    return _add_products(y, x, stacked, fresh=frozen is not None)
+    result = _add_products(y, x, stacked, fresh=frozen is not None)
+    return result, None if torch.is_grad_enabled() else stacked
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Stacked:
             and all(map(is_, map(getitem, sources.owners, sources.names), sources.tensors))
             and list(map(_VERSION, sources.tensors)) == sources.versions
             and list(map(Tensor.data_ptr, sources.tensors)) == sources.places
+            and list(map(NUMBERS, self.updates)) == sources.numbers
             and x.dtype == y.dtype == self.A.dtype
             and is_plain(x, self.A)
         )
@@ -134,6 +138,8 @@ class Sources:
     tensors: list[Tensor]
     versions: list[int]
     places: list[int]
+    numbers: list[Any]
+    """The scale and dropout of each update."""
 
 
 _VERSION, _IS_ENABLED = attrgetter("_version"), attrgetter("enabled")
@@ -143,7 +149,9 @@ def _sources(updates: list[Update], As: list[Tensor], Bs: list[Tensor]) -> Sourc
     owners: list[dict[str, Any]] = []
     names, tensors = [], []
     for update, A, B in zip(updates, As, Bs, strict=True):
-        if getattr(update, "dropout", 0.0) > 0:
+        if not hasattr(update, "scale") or not hasattr(update, "dropout"):
+            return None  # there is no telling whether its term changed
+        if cast(float, update.dropout) > 0:
             return None  # it acts in training only, and the mode may change
         for name, tensor in (("A", A), ("B", B)):
             owner = next((held for held in (update._parameters, update._buffers) if held.get(name) is tensor), None)
@@ -152,7 +160,8 @@ def _sources(updates: list[Update], As: list[Tensor], Bs: list[Tensor]) -> Sourc
             owners.append(cast(dict[str, Any], owner))
             names.append(name)
             tensors.append(tensor)
-    return Sources(owners, names, tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors])
+    versions, places = [t._version for t in tensors], [t.data_ptr() for t in tensors]
+    return Sources(owners, names, tensors, versions, places, list(map(NUMBERS, updates)))
 
 
 def _stack(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: list[float]) -> tuple[Tensor, Tensor]:

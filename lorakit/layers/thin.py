@@ -52,8 +52,8 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -
 
 def add_few(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Y + s·(x·Aᵀ)·Bᵀ by plain autograd, for few rows; y is x·Wᵀ + b and nobody else's."""
-    # It is written into, but not through a view that autograd watches: that costs more than a copy.
-    return _add(y, _rows(x).mm(A.t()), (A, B, scale, 0.0), fresh=y.dim() == 2 or not y.requires_grad)
+    # It is written into, but not through a view, which autograd would watch: that costs more than a copy.
+    return _add(y, _rows(x).mm(A.t()), (A, B, scale, 0.0), fresh=y.dim() == 2)
 
 
 def add_thin_product(y: Tensor, x: Tensor, term: Term) -> Tensor:
@@ -181,7 +181,7 @@ class _Fused(torch.autograd.Function):
         ctx.numbers = scale, dropout, seed, x.shape, x.dtype
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, A, B, h if needs_B else None)
         ctx.set_materialize_grads(False)
-        return y, h
+        return y.detach(), h  # detached, it is no view: autograd would not let others write into one from here
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
