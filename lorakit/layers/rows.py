@@ -7,7 +7,6 @@ something trains they are put there at every call, as autograd must see; else at
 one adapter after the other.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter, getitem, is_
 from typing import Any, cast
@@ -169,7 +168,7 @@ def _sources(updates: list[Update], As: list[Tensor], Bs: list[Tensor]) -> Sourc
     return Sources(owners, names, tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors])
 
 
-def _stack(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: list[float]) -> tuple[Tensor, Tensor]:
+def _stack(As: list[Tensor], Bs: list[Tensor], scales: list[float]) -> tuple[Tensor, Tensor]:
     """A (E, r, k) and s·B (E, d, r)."""
     ranks = [A.shape[0] for A in As]
     rank = max(ranks)
@@ -228,7 +227,7 @@ class _ByRow(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor, layout: Layout, scales: list[float], *factors: Tensor
     ) -> Tensor:
-        A, B = _stack(factors[: layout.count], factors[layout.count :], scales)
+        A, B = _stack(list(factors[: layout.count]), list(factors[layout.count :]), scales)
         h = _shrunk(x, A, layout)
         y = y.detach()
         _into(y, h, B.mT, layout)
