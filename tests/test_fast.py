@@ -157,6 +157,15 @@ def test_dropout_drops_its_share_and_draws_anew():
     assert_close(model(x), torch.full_like(y, 400.0))
 
 
+def test_dropout_whatever_the_default_device_is():
+    model = attached(nn.Sequential(nn.Linear(6, 5)), lk.LoRA(rank=2, dropout=0.5)).train()
+    x = torch.randn(3, 6)
+    with torch.device("meta"):
+        lk.activate(model, {"default": 0.37})
+        assert model(x).isfinite().all()
+    assert torch.compile(model, backend="eager")(x).isfinite().all()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_drops_the_same_entries_again(reentrant):
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ ORDER = [
     {"change", "suitable", "header"},
     {"targets"},
     {"plan", "peft_config", "switch"},
-    {"evidence", "resident", "loading", "probe", "sums", "flat"},
+    {"evidence", "resident", "loading", "padding", "probe", "sums", "flat"},
     {"attach", "merge", "files", "budget", "combine"},
     {"digits"},
     {"cli"},

@@ -115,7 +115,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _seed(term: Term) -> int:
     """What the dropped entries are drawn from: taken from torch's own generator, which checkpointing brings back."""
-    return int(torch.randint(2**62, ())) if term[3] > 0 else 0
+    return int(torch.randint(2**62, (), device="cpu")) if term[3] > 0 else 0
 
 
 def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
