@@ -187,9 +187,9 @@ def picture(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
 
 
 def anatomy(model: nn.Module) -> Any:
-    """Classes, and every attribute of every module."""
+    """Classes, and every attribute of every module but what calls keep to be faster."""
     return {
-        path: (type(module), {key: _still(value) for key, value in vars(module).items()})
+        path: (type(module), {key: _still(value) for key, value in vars(module).items() if key != "ready"})
         for path, module in model.named_modules(remove_duplicate=False)
     }
 
