@@ -78,19 +78,19 @@ def add(
 def _add_one(addition: Addition, name: str, selection: Selection, trainable: bool) -> None:
     layer, update = addition.layer, addition.update
     adapters, parameter = adapters_of(layer), update.kind.parameter
-    if adapters is None:
-        adapters = Adapters()
-        adapters.training = layer.training
-    if parameter not in adapters:
-        adapters._modules[parameter] = AdaptedWeight(selection)
-        adapters[parameter].training = layer.training
     if update.training != layer.training:
         update.train(layer.training)
-    for tensor in update.parameters():
-        if tensor.requires_grad != trainable:
+    for tensor in update.parameters() if update._modules else update._parameters.values():
+        if tensor is not None and tensor.requires_grad != trainable:
             tensor.requires_grad_(trainable)
-    adapters[parameter].put(name, update)
-    install(layer, adapters)
+    if adapters is None:
+        adapters = Adapters(layer.training)
+    if parameter not in adapters:
+        adapters._modules[parameter] = AdaptedWeight(selection, layer.training)
+    adapted = adapters[parameter]
+    adapted.put(name, update)
+    if not adapted.has_alike(update):
+        install(layer, adapters)
 
 
 def drop(root: nn.Module, state: State, name: str) -> None:
@@ -99,6 +99,9 @@ def drop(root: nn.Module, state: State, name: str) -> None:
     for site in mine:
         check_changeable(site.layer)
     for site in mine:
+        if site.adapted.has_alike(site.adapted[name]):
+            del site.adapted._modules[name]
+            continue
         adapters = uninstall(site.layer)
         assert adapters is not None
         del site.adapted._modules[name]

@@ -56,7 +56,7 @@ def _is_plain_linear(layer: nn.Module, adapted: AdaptedWeight) -> bool:
         "forward" not in vars(layer)
         and layer._parameters.get("weight") is not None
         and "bias" in layer._parameters
-        and all(isinstance(adapted[name].kind, Linear) and adapted[name].mode == "beside" for name in adapted)
+        and all(type(update.kind) is Linear and update.mode == "beside" for update in adapted.updates())
     )
 
 

@@ -35,9 +35,13 @@ def adapters_of(layer: nn.Module) -> Adapters | None:
 
 
 def install(layer: nn.Module, adapters: Adapters) -> None:
-    """Make `adapters` act on the layer; also to be called after its contents have changed."""
-    uninstall(layer)
-    layer.add_module("lora", adapters)
+    """Make `adapters` act on the layer; also to be called after its contents have changed.
+
+    Unless `AdaptedWeight.has_alike` says that nothing is different for the layer.
+    """
+    if "lora" in layer._modules:
+        uninstall(layer)
+    layer._modules["lora"] = adapters  # `add_module`, whose checks were made when the weight was chosen
     if any(adapters[parameter].holds("beside") for parameter in adapters):
         watch(layer, adapters)
         if type(layer._parameters) is dict:
