@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -20,8 +20,7 @@ from lorakit.state import BARE, KEY, State, sites, state_of
 from lorakit.variants import Variant
 
 
-@dataclass(frozen=True)
-class Addition:
+class Addition(NamedTuple):
     """An update that is built and waits to be installed."""
 
     weight: str
@@ -89,7 +88,7 @@ def _add_one(addition: Addition, name: str, selection: Selection, trainable: boo
         adapters._modules[parameter] = AdaptedWeight(selection, layer.training)
     adapted = adapters[parameter]
     adapted.put(name, update)
-    if not adapted.has_alike(update):
+    if len(adapted) == 1 or not adapted.has_alike(update):
         install(layer, adapters)
 
 

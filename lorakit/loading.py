@@ -106,7 +106,7 @@ def _place(index: Index, header: Header, entry: WeightEntry) -> Place:
     place = place_of(index, entry.path, entry.parameter, entry.mode, isinstance(variant, Full), entry.slices)
     drops = isinstance(variant, LowRank) and variant.dropout > 0
     if entry.mode is None and drops and isinstance(place.kind, CalledKind) and place.mode == "weight":
-        return replace(place, mode="beside")
+        return place._replace(mode="beside")
     return place
 
 

@@ -172,7 +172,7 @@ class AdaptedWeight(_Children):
 
     def holds(self, mode: Mode) -> bool:
         """Whether any resident update acts in this mode."""
-        return any(update.mode == mode for update in self.updates())
+        return mode in [update.mode for update in self.updates()]
 
     def has_alike(self, update: Update) -> bool:
         """Whether another resident update reaches the layer's computation in the same way as this one."""

@@ -20,6 +20,10 @@ from lorakit.layers.kind import base_weight
 
 def scheme_of(weight: Any) -> str | None:
     """How a weight is quantized, in a word ("nf4", "int8", "qint8", "Int8Tensor"); None for plain floats."""
+    if type(weight) is nn.Parameter and not vars(weight):  # nearly all
+        dtype = weight.dtype
+        if dtype.is_floating_point and dtype.itemsize >= 2:
+            return None
     if not isinstance(weight, Tensor) or is_lazy(weight):
         return None
     if hasattr(weight, "quant_state"):  # 4 bits by bitsandbytes
