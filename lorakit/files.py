@@ -18,10 +18,12 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
 from lorakit.header import Header, WeightEntry, file_key, parse_header
 from lorakit.loading import build_additions
+from lorakit.padding import pad
 from lorakit.peft_config import header_from_peft, peft_config, peft_disagreements
 from lorakit.plan import Plan
 from lorakit.state import Site, State, check_addition, check_complete, one_name, require
 from lorakit.storage import all_finite, read_json_object, read_tensors, write_whole
+from lorakit.variants.low_rank import checked_rank
 
 Verify = Literal["sample", "off"]
 
@@ -108,6 +110,7 @@ def load(
     *,
     verify: Verify = "sample",
     trainable: bool = False,
+    rank: int | None = None,
 ) -> Plan:
     """Add an adapter from a file that `save` wrote, or from a PEFT directory of plain LoRA.
 
@@ -121,6 +124,8 @@ def load(
         verify: "sample" compares fingerprints of the adapted weights with those stored; "off" does not, for the same
             base in another dtype, say.
         trainable: whether to train it on.
+        rank: fill the factors up with zeros to this rank, for the same ΔW: adapters of equal shapes are switched in
+            compiled code without compiling anew.
 
     Returns:
         What was done; `print` it for a table.
@@ -136,6 +141,8 @@ def load(
     name = header.name if name is None else name
     root = check_addition(model, name)
     plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
+    if rank is not None:
+        plan, additions = pad(plan, additions, checked_rank(rank))
     add(root, name, plan.variant, additions, trainable=trainable)
     return plan
 

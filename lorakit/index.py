@@ -27,25 +27,31 @@ class Index:
             key = id(module)
             self.ids[name] = key
             if key not in self.modules:
-                self.names[key] = []
-                self.modules[key] = module
-                self.kinds[key] = kinds_of(module)
-                for own in parts_of(module).read:
-                    if (part := module._modules.get(own)) is not None:
-                        self.read.add(id(part))
+                self._meet(key, module)
             self.names[key].append(name)
             if self.scripted or isinstance(module, torch.jit.ScriptModule):
                 self._note_scripted(name, module)
-            prefix, scripted = f"{name}." if name else "", key in self.scripted
-            for own in parameter_names(module):
-                full = prefix + own
-                self.parameters[full] = (key, own)
-                if not scripted:
-                    self.sharing.setdefault(id(module._parameters.get(own)), []).append(full)
-            for kind in self.kinds[key]:
-                if type(kind) is Slices:
-                    for own in kind.names:
-                        self.parameters[prefix + own] = (key, own)
+            self._note_parameters(f"{name}." if name else "", key, module)
+
+    def _meet(self, key: int, module: nn.Module) -> None:
+        self.names[key] = []
+        self.modules[key] = module
+        self.kinds[key] = kinds_of(module)
+        for own in parts_of(module).read:
+            if (part := module._modules.get(own)) is not None:
+                self.read.add(id(part))
+
+    def _note_parameters(self, prefix: str, key: int, module: nn.Module) -> None:
+        scripted = key in self.scripted
+        for own in parameter_names(module):
+            full = prefix + own
+            self.parameters[full] = (key, own)
+            if not scripted:
+                self.sharing.setdefault(id(module._parameters.get(own)), []).append(full)
+        for kind in self.kinds[key]:
+            if type(kind) is Slices:
+                for own in kind.names:
+                    self.parameters[prefix + own] = (key, own)
 
     def foreign(self, key: int) -> Foreign | None:
         """The kind of a layer that is foreign."""

@@ -94,9 +94,9 @@ def _with_tied_rows(index: Index, header: Header, tensors: dict[str, Tensor]) ->
         tied = {index.parameters[name][0]: name for name in index.tied(embedding, entry.parameter)}
         for name in set(tied.values()) - {other.name for other in rows}:
             path, _, parameter = name.rpartition(".")
-            added.append(replace(entry, path=path, parameter=parameter))
+            added.append(entry._replace(path=path, parameter=parameter))
             value = tensors[file_key(entry.path, entry.parameter, Rows.file_names["value"], False)]
-            tensors[file_key(path, parameter, Rows.file_names["value"], False)] = value
+            tensors[file_key(path, parameter, Rows.file_names["value"], False)] = value.clone()
     return replace(header, weights=(*header.weights, *added))
 
 
@@ -133,9 +133,8 @@ def _filled(choice: Choice, values: Mapping[str, Tensor], ours: bool) -> Additio
     """The update of one weight, with its tensors."""
     place, variant, sketch = choice
     device = place.outline.device
-    # Copied out of the file's memory, whose alignment could change how a product rounds.
     tensors = {
-        tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype), copy=True)
+        tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype))
         for tensor, value in values.items()
     }
     return Addition(place.parameter, place.layer, sketch.update.restored(tensors), variant)

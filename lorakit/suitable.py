@@ -9,7 +9,6 @@ from lorakit.errors import LorakitError
 from lorakit.layers import Adapters, Foreign, Kind, attribute, base_weight, scheme_of
 from lorakit.state import join
 
-
 _FREE = object()
 
 

@@ -81,8 +81,8 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     used = list(dict.fromkeys(name for name in names if name is not None))
     root, state = require(model, used)
     for name in used:
-        read = [site.name for site in sites(root, name) if site.adapted[name].mode == "weight"]
-        if read:
+        if name in state.selection.reading:
+            read = [site.name for site in sites(root, name) if site.adapted[name].mode == "weight"]
             raise LorakitError(
                 f"adapter {name!r} cannot be chosen by row: it acts in {', '.join(map(repr, read))}, a weight that all "
                 "rows share; adapt the layer beside its call, or run the rows apart"

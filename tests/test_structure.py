@@ -14,7 +14,7 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables", "untouched"},
+    {"errors", "tables", "untouched", "safe"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},
@@ -23,7 +23,7 @@ ORDER = [
     {"change", "suitable", "header"},
     {"targets"},
     {"plan", "peft_config", "switch"},
-    {"evidence", "resident", "loading", "probe", "sums", "flat"},
+    {"evidence", "resident", "loading", "padding", "probe", "sums", "flat"},
     {"attach", "merge", "files", "budget", "combine"},
     {"digits"},
     {"cli"},

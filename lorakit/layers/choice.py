@@ -31,6 +31,8 @@ class Selection:
     """None in a copy."""
     acting: list[tuple[Table, float]] | None = field(default_factory=list)
     """The tables of the active adapters, each with its strength; None in a copy."""
+    reading: set[str] = field(default_factory=set)
+    """The adapters that act in a weight somewhere."""
     strengths: list[Tensor] = field(default_factory=list)
     """The strengths again, for compiled code, which would be compiled anew for every other float."""
 
@@ -51,16 +53,19 @@ class Selection:
             vars(adapted)["place"] = place
         table = self.tables.setdefault(name, [])
         table.extend([None] * (place + 1 - len(table)))
-        table[place] = adapted[name]
+        table[place] = update = adapted[name]
+        if update.mode == "weight":
+            self.reading.add(name)
 
     def forget(self, name: str) -> None:
         """Give up the adapter's table."""
         if self.tables is not None:
             self.tables.pop(name, None)
+            self.reading.discard(name)
 
     def reindex(self, weights: Iterable[Any]) -> None:
         """Make the tables anew, for a copy."""
-        self.tables = {}
+        self.tables, self.reading = {}, set()
         for place, adapted in enumerate(weights):
             adapted.place = place
             for name in adapted:
@@ -68,7 +73,14 @@ class Selection:
         self.choose(self.active, self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "rows": self.rows, "tables": None, "acting": None, "strengths": []}
+        return {
+            "active": self.active,
+            "rows": self.rows,
+            "tables": None,
+            "acting": None,
+            "reading": set(),
+            "strengths": [],
+        }
 
 
 @lru_cache(maxsize=1024)
@@ -84,12 +96,14 @@ class RowChoice:
 
     Attributes:
         names: the adapter of each row; None for the base.
+        seen: the places of the weights that were called.
         stacks: by the place of a weight, its adapters' factors one after the other (`rows.Stacked`).
     """
 
     def __init__(self, names: Iterable[str | None]) -> None:
         self.names = tuple(names)
         self.stacks: dict[int | None, Any] = {}
+        self.seen: set[int | None] = set()
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
     @cached_property
@@ -109,7 +123,7 @@ class RowChoice:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "stacks": {}, "_layouts": {}}
+        return {"names": self.names, "stacks": {}, "seen": set(), "_layouts": {}}
 
 
 @final

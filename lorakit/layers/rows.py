@@ -2,12 +2,11 @@
 
 Rows are brought together by adapter, and all adapters' products are two batched ones: (E, r, k)·(E, k, m) and
 (E, m, r)·(E, r, d) for E adapters with m vectors each. The factors are one after the other in memory for that. While
-something trains they are put there at every call, as autograd must see; else once for a layer in a `per_row` block,
-and again if they changed. What is no product of two factors, or of too unequal groups, goes through one adapter after
-the other.
+something trains they are put there at every call, as autograd must see; else at the first two calls of a layer in a
+`per_row` block, and again if they changed. What is no product of two factors, or of too unequal groups, goes through
+one adapter after the other.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter, getitem, is_
 from typing import Any, cast
@@ -39,7 +38,8 @@ def by_row(
         stacked: Stacked | None = choice.stacks.get(adapted.place)
         if stacked is not None and stacked.layout.rows.device == y.device and stacked.is_current(inputs[0], y):
             return _add_products(y, inputs[0], stacked, fresh=frozen is not None)
-    names = tuple(name for name in choice.groups if name in adapted and adapted[name].enabled)
+    own = adapted._modules
+    names = tuple(name for name in choice.groups if name in own and adapted[name].enabled)
     if not names:
         return y
     kind = cast(CalledKind, adapted[names[0]].kind)
@@ -49,12 +49,12 @@ def by_row(
             "its first axis must be the batch; run each adapter's rows apart with active(...)"
         )
     if isinstance(kind, VectorKind) and is_plain(inputs[0], y):
-        updates = [adapted[name] for name in names]
-        terms = [update.term(1.0) for update in updates]
         layout = choice.layout(names, y.device)
-        if layout.pays and all(term is not None and _fits(inputs[0], y, term) for term in terms):
+        updates = [adapted[name] for name in names]
+        terms = _terms(updates, inputs[0], y) if layout.pays else None
+        if terms is not None:
             kind.check(layer, inputs[0], y)
-            return _batched(choice, adapted, updates, cast(list[Term], terms), layout, inputs[0], y, frozen)
+            return _batched(choice, adapted, updates, terms, layout, inputs[0], y, frozen)
     for name in names:
         update = adapted[name]
         index = torch.tensor(choice.groups[name], device=y.device)
@@ -73,9 +73,18 @@ def _sliceable(inputs: tuple[Any, ...], rows: int) -> bool:
     return all(x.dim() > 1 and x.shape[0] == rows for x in tensors)
 
 
-def _fits(x: Tensor, y: Tensor, term: Term) -> bool:
-    A, _, _, dropout = term
-    return dropout == 0 and x.dtype == y.dtype == A.dtype and A.device == x.device and x.shape[:-1] == y.shape[:-1]
+def _terms(updates: list[Update], x: Tensor, y: Tensor) -> list[Term] | None:
+    """What the updates add, if all are products of two factors that can be multiplied by x as it is."""
+    dtype, device = x.dtype, x.device
+    if y.dtype != dtype or x.shape[:-1] != y.shape[:-1]:
+        return None
+    terms = []
+    for update in updates:
+        term = update.term(1.0)
+        if term is None or term[3] > 0 or term[0].dtype != dtype or term[0].device != device:
+            return None
+        terms.append(term)
+    return terms
 
 
 def _batched(
@@ -94,8 +103,12 @@ def _batched(
         added: Tensor = _ByRow.apply(x, y.detach(), frozen, layout, scales, *As, *Bs)  # type: ignore[no-untyped-call]
         return added
     A, B = _stack(As, Bs, scales)
-    stacked = Stacked(A, B.mT.contiguous(), layout, tuple(updates), _sources(updates, As, Bs))
-    if stacked.sources is not None and not torch.is_grad_enabled():
+    # At the first call of a block nothing is kept: it may be the only one. From the second on it pays.
+    kept = not torch.is_grad_enabled() and adapted.place in choice.seen
+    choice.seen.add(adapted.place)
+    sources = _sources(updates, As, Bs) if kept else None
+    stacked = Stacked(A, B.mT if sources is None else B.mT.contiguous(), layout, tuple(updates), sources)
+    if sources is not None:
         choice.stacks[adapted.place] = stacked
     return _add_products(y, x, stacked, fresh=frozen is not None)
 
@@ -155,11 +168,13 @@ def _sources(updates: list[Update], As: list[Tensor], Bs: list[Tensor]) -> Sourc
     return Sources(owners, names, tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors])
 
 
-def _stack(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: list[float]) -> tuple[Tensor, Tensor]:
+def _stack(As: list[Tensor], Bs: list[Tensor], scales: list[float]) -> tuple[Tensor, Tensor]:
     """A (E, r, k) and s·B (E, d, r)."""
-    rank = max(len(A) for A in As)
-    As = [A if len(A) == rank else F.pad(A, (0, 0, 0, rank - len(A))) for A in As]
-    Bs = [B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1])) for B in Bs]
+    ranks = [A.shape[0] for A in As]
+    rank = max(ranks)
+    if min(ranks) < rank:
+        As = [F.pad(A, (0, 0, 0, rank - A.shape[0])) for A in As]
+        Bs = [F.pad(B, (0, rank - B.shape[1])) for B in Bs]
     B = torch.stack(Bs)
     if any(scale != 1 for scale in scales):
         B = B * torch.tensor(scales, dtype=B.dtype, device=B.device).view(-1, 1, 1)
@@ -212,7 +227,7 @@ class _ByRow(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor, layout: Layout, scales: list[float], *factors: Tensor
     ) -> Tensor:
-        A, B = _stack(factors[: layout.count], factors[layout.count :], scales)
+        A, B = _stack(list(factors[: layout.count]), list(factors[layout.count :]), scales)
         h = _shrunk(x, A, layout)
         y = y.detach()
         _into(y, h, B.mT, layout)
@@ -242,7 +257,7 @@ class _ByRow(torch.autograd.Function):
         _, _, _, _, _, *needed = ctx.needs_input_grad
         if any(needed[:count]):
             gA = torch.bmm(u.mT, _sorted(x, layout))
-            found[:count] = [_first(each, len(A), 0) for each, A in zip(gA.unbind(), factors[:count], strict=True)]
+            found[:count] = [_first(each, A.shape[0], 0) for each, A in zip(gA.unbind(), factors[:count], strict=True)]
         if any(needed[count:]):
             gB = torch.bmm(h.mT, own).mT if many else torch.bmm(own.mT, h)  # (E, d, r)
             if any(scale != 1 for scale in scales):
