@@ -29,21 +29,20 @@ def fingerprint(*parts: Tensor) -> str | None:
         return None
     digest = hashlib.sha256()
     for part in parts:
-        size, bytes_each = part.numel(), part.element_size()
-        count = _SAMPLES * (4 if bytes_each == 1 else 1)  # a byte of a quantized weight says less
-        places = _places(min(count, size), size)
-        integers = _INTEGERS.get(bytes_each)
-        if type(part) in _PLAIN and part.is_cpu and part.is_contiguous() and integers is not None:
-            # The bytes, by way of NumPy: every call of torch would take as long as all of this.
-            digest.update(part.detach().view(integers).numpy().reshape(-1)[places.numpy()].data)
+        if type(part) in _PLAIN and part.dtype in _KNOWN_TO_NUMPY and part.is_cpu and part.is_contiguous():
+            # By way of NumPy, in a third of the time: the same bytes.
+            values = part.detach().numpy().reshape(-1)
+            digest.update(values[_places(min(_SAMPLES, values.size), values.size).numpy()].data)
             continue
         flat = whole(part.detach()).reshape(-1)
-        digest.update(flat[places.to(flat.device)].view(torch.uint8).cpu().numpy().tobytes())
+        count = _SAMPLES * (4 if flat.element_size() == 1 else 1)  # a byte of a quantized weight says less
+        places = _places(min(count, flat.numel()), flat.numel()).to(flat.device)
+        digest.update(flat[places].view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KNOWN_TO_NUMPY = (torch.float32, torch.float16, torch.float64)
 
 
 @lru_cache(maxsize=64)

@@ -133,11 +133,12 @@ def _filled(choice: Choice, values: Mapping[str, Tensor], ours: bool) -> Additio
     """The update of one weight, with its tensors."""
     place, variant, sketch = choice
     device = place.outline.device
-    tensors = {
-        tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype))
-        for tensor, value in values.items()
-    }
-    return Addition(place.parameter, place.layer, sketch.update.restored(tensors), variant)
+    if not ours or device.type != "cpu":
+        values = {
+            tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype))
+            for tensor, value in values.items()
+        }
+    return Addition(place.parameter, place.layer, sketch.update.restored(values), variant)
 
 
 def _forget(left: dict[str, Tensor], header: Header, entry: WeightEntry) -> None:

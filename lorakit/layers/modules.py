@@ -7,6 +7,8 @@ from torch import nn
 _BARE = dict(vars(nn.Module()))
 _CONTAINERS = [(name, type(value)) for name, value in _BARE.items() if isinstance(value, dict | list | set)]
 
+_COPIED = (dict, list, set)
+
 
 def begin(module: nn.Module) -> dict[str, Any]:
     """What `nn.Module.__init__` does; the module's `__dict__`, to put what it has to say of itself into.
@@ -31,6 +33,6 @@ def duplicate(module: nn.Module) -> nn.Module:
     own = vars(twin)
     own.update(vars(module))
     for name, value in vars(module).items():
-        if isinstance(value, dict | list | set):
+        if isinstance(value, _COPIED):
             own[name] = value.copy()
     return twin
