@@ -100,11 +100,7 @@ def attach(
             Addition(place.parameter, place.layer, _built(place, mine, seen), mine)
             for (place, mine, _), seen in zip(choices, evidence, strict=True)
         ]
-    cautions = [
-        f"{place.label!r}: {caution}"
-        for place, mine, _ in choices
-        if (caution := mine.caution(place.kind, place.outline)) is not None
-    ]
+    cautions = [f"{place.label!r}: {sketch.caution}" for place, _, sketch in choices if sketch.caution is not None]
 
     def check() -> None:
         args = () if isinstance(example, Mapping) else example if isinstance(example, tuple | list) else (example,)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -20,8 +20,7 @@ from lorakit.state import BARE, KEY, State, sites, state_of
 from lorakit.variants import Variant
 
 
-@dataclass(frozen=True)
-class Addition:
+class Addition(NamedTuple):
     """An update that is built and waits to be installed."""
 
     weight: str
@@ -78,19 +77,19 @@ def add(
 def _add_one(addition: Addition, name: str, selection: Selection, trainable: bool) -> None:
     layer, update = addition.layer, addition.update
     adapters, parameter = adapters_of(layer), update.kind.parameter
-    if adapters is None:
-        adapters = Adapters()
-        adapters.training = layer.training
-    if parameter not in adapters:
-        adapters._modules[parameter] = AdaptedWeight(selection)
-        adapters[parameter].training = layer.training
     if update.training != layer.training:
         update.train(layer.training)
-    for tensor in update.parameters():
-        if tensor.requires_grad != trainable:
+    for tensor in update.parameters() if update._modules else update._parameters.values():
+        if tensor is not None and tensor.requires_grad != trainable:
             tensor.requires_grad_(trainable)
-    adapters[parameter].put(name, update)
-    install(layer, adapters)
+    if adapters is None:
+        adapters = Adapters(layer.training)
+    if parameter not in adapters:
+        adapters._modules[parameter] = AdaptedWeight(selection, layer.training)
+    adapted = adapters[parameter]
+    adapted.put(name, update)
+    if len(adapted) == 1 or not adapted.has_alike(update):
+        install(layer, adapters)
 
 
 def drop(root: nn.Module, state: State, name: str) -> None:
@@ -99,6 +98,9 @@ def drop(root: nn.Module, state: State, name: str) -> None:
     for site in mine:
         check_changeable(site.layer)
     for site in mine:
+        if site.adapted.has_alike(site.adapted[name]):
+            del site.adapted._modules[name]
+            continue
         adapters = uninstall(site.layer)
         assert adapters is not None
         site.adapted.take(name)

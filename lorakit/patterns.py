@@ -47,11 +47,12 @@ def is_glob(pattern: Pattern) -> bool:
 
 def matches(index: Index, pattern: Pattern) -> list[tuple[int, str | None]]:
     """What a pattern selects: (module, None) for a layer, (module, parameter) for a parameter. Never empty."""
-    named = _by_name(pattern)
+    named, linear = _by_name(pattern), isinstance(pattern, str) and pattern == "all-linear"
     found: list[tuple[int, str | None]] = []
     for key, module in index.modules.items():
-        if pattern == "all-linear":
-            hit = any(kind.is_linear for kind in index.kinds[key]) or _may_be_linear(index, module)
+        if linear:
+            kinds = index.kinds[key]
+            hit = (kinds and any(kind.is_linear for kind in kinds)) or _may_be_linear(index, module)
         elif named is not None:
             hit = any(named(name) for name in index.names[key] if name)
         elif isinstance(pattern, type):

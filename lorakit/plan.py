@@ -20,8 +20,7 @@ from lorakit.targets import Place, RequestedMode, resolve, selected, wholes
 from lorakit.variants import Full, Rows, Variant
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One weight to adapt."""
 
     layer: str
@@ -106,6 +105,8 @@ class Sketch:
     """The shapes of the trained tensors."""
     bytes: int
     """What the trained tensors take in memory."""
+    caution: str | None
+    """What a user should know of each such weight."""
 
     @cached_property
     def saved(self) -> dict[str, tuple[int, ...]]:
@@ -142,7 +143,8 @@ class Sketches:
         if key not in self._made:
             update = variant.build(place.kind, torch.empty_like(weight, device="meta"), place.mode)
             sizes = {name: tuple(tensor.shape) for name, tensor in update.named_parameters()}
-            self._made[key] = Sketch(update, sizes, sum(p.numel() * p.element_size() for p in update.parameters()))
+            size = sum(p.numel() * p.element_size() for p in update.parameters())
+            self._made[key] = Sketch(update, sizes, size, variant.caution(place.kind, weight))
         return Choice(place, variant, self._made[key])
 
 
@@ -208,7 +210,7 @@ def _extra(
                 raise LorakitError(f"{place.parameter!r} is selected twice by train_rows: name it once, with all rows")
             beside = isinstance(place.kind, CalledKind) and place.kind.takes == "indices"
             extra[id(place.layer), place.kind.parameter] = (
-                replace(place, mode="beside" if beside else "weight"),
+                place._replace(mode="beside" if beside else "weight"),
                 Rows(tuple(rows)),
             )
     for place in wholes(index, train_also) if train_also is not None else ():
@@ -257,22 +259,22 @@ def _sketched(sketches: Sketches, place: Place, variant: Variant) -> Choice:
 
 
 def _row(choice: Choice) -> Row:
-    place, variant, sketch = choice
-    weight = place.outline
+    place, _, sketch = choice
     notes = [f"also {name}" for name in place.names[1:]] + [f"tied to {name}" for name in place.tied]
     if place.kind.slices:
         notes.append(f"slices {', '.join(place.kind.slices)}")
     if isinstance(place.kind, Foreign):
         notes.append(place.kind.note)
-    caution = variant.caution(place.kind, weight)
+    if sketch.caution:
+        notes.append(sketch.caution)
     return Row(
         layer=place.label,
         kind=place.kind.name,
-        weight=tuple(weight.shape),
+        weight=tuple(place.outline.shape),
         tensors=sketch.tensors,
         bytes=sketch.bytes,
         applied="beside" if place.mode == "beside" else "in the weight",
-        note="; ".join([*notes, *([caution] if caution else [])]),
+        note="; ".join(notes),
     )
 
 

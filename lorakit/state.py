@@ -63,12 +63,14 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while waiting:
         path, module = waiting.pop()
         yield path, module
-        below = [
-            (join(path, name), child)
-            for name, child in module._modules.items()
-            if child is not None and not isinstance(child, Adapters)
-        ]
-        waiting += reversed(below)
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            below = [
+                (prefix + name, child)
+                for name, child in module._modules.items()
+                if child is not None and not isinstance(child, Adapters)
+            ]
+            waiting += reversed(below)
 
 
 def sites(model: nn.Module, name: str | None = None) -> list[Site]:

@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.safe import Content, read_in_order
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -46,8 +48,9 @@ def _sync_directory(path: Path) -> None:
             os.close(handle)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
+@torch.inference_mode(False)
+def read_tensors(path: Path) -> Content:
+    """The tensors and the metadata of a safetensors file, each tensor in memory of its own.
 
     Raises:
         LorakitError: it is missing, truncated, corrupt, or of another format.
@@ -56,14 +59,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         what = "is not a file" if path.exists() else "does not exist"
         raise LorakitError(f"{path} {what}; check the path")
     try:
-        content = path.read_bytes()
-        tensors = from_safetensors(content)  # several times as fast as one by one from the open file
-        size = int.from_bytes(content[:8], "little")  # of the header, which was found to be in order
-        return tensors, json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        return read_in_order(path) or _read_slowly(path.read_bytes())
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as error:
         raise LorakitError(
             f"{path} is no readable safetensors file, or a damaged one: {error}; save or fetch it again"
         ) from None
+
+
+def _read_slowly(content: bytes) -> Content:
+    tensors = from_safetensors(content)
+    size = int.from_bytes(content[:8], "little")  # of the header, which was found to be in order
+    # Copied: alignment could change how a product rounds.
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}
+    return copies, json.loads(content[8 : 8 + size]).get("__metadata__", {})
 
 
 def all_finite(tensor: Tensor) -> bool:

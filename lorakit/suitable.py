@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorakit.errors import LorakitError
-from lorakit.layers import Adapters, Foreign, Kind, base_weight, scheme_of
+from lorakit.layers import Adapters, Foreign, Kind, attribute, base_weight, scheme_of
 from lorakit.state import join
+
+_FREE = object()
 
 
 def check_weight(module: nn.Module, kind: Kind, path: str, whole: bool = False) -> None:
@@ -19,7 +21,8 @@ def check_weight(module: nn.Module, kind: Kind, path: str, whole: bool = False) 
     name = join(path, kind.parameter)
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise LorakitError(f"cannot adapt {name!r}: a {type(module).__name__} would call what is added to it")
-    if hasattr(module, "lora") and not isinstance(module.lora, Adapters):
+    taken = attribute(module, "lora", default=_FREE)
+    if taken is not _FREE and not isinstance(taken, Adapters):
         raise LorakitError(f"cannot adapt {name!r}: {type(module).__name__} has a 'lora' of its own, our place")
     if isinstance(kind, Foreign):
         return

@@ -6,8 +6,7 @@ pattern must match something, or it is an error that names the nearest real name
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,8 +32,7 @@ from lorakit.suitable import check_weight, only_called, only_read
 RequestedMode = Literal["auto", "beside", "weight"]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A weight to adapt."""
 
     names: tuple[str, ...]
@@ -82,7 +80,7 @@ def resolve(index: Index, targets: Targets, exclude: Targets | None, mode: Reque
             for place in _places(index, module, parameter, mode, pattern, out):
                 kind = out.left_of(place)
                 if kind is not None:
-                    _choose(chosen, place if kind is place.kind else replace(place, kind=kind))
+                    _choose(chosen, place if kind is place.kind else place._replace(kind=kind))
     if not chosen:
         raise LorakitError(f"targets={targets!r} with exclude={exclude!r} leaves nothing to adapt")
     order = {module: i for i, module in enumerate(index.modules)}
@@ -94,8 +92,8 @@ def _choose(chosen: dict[tuple[int, str], Place], place: Place) -> None:
     key = (id(place.layer), place.kind.parameter)
     before = chosen.get(key, place)
     if isinstance(before.kind, Slices) and isinstance(place.kind, Slices):
-        place = replace(place, kind=place.kind.only({*before.kind.slices, *place.kind.slices}))
-    elif before.kind != place.kind or before.mode != place.mode:
+        place = place._replace(kind=place.kind.only({*before.kind.slices, *place.kind.slices}))
+    elif before is not place and (before.kind != place.kind or before.mode != place.mode):
         how = "as a whole and by its slices" if before.kind != place.kind else "as a layer and as a parameter"
         raise LorakitError(f"{place.parameter!r} is selected twice, {how}: name it once")
     chosen[key] = place

@@ -198,16 +198,16 @@ def test_an_error_half_way_through_attaching_is_undone(mode, monkeypatch):
     from lorakit import change
 
     model = mlp()
-    install, calls = change.install, []
+    add_one, calls = change._add_one, []
 
-    def failing(layer, adapters):
-        calls.append(layer)
+    def failing(addition, *rest):
+        calls.append(addition)
         if len(calls) == 2:
             raise RuntimeError("half way")
-        install(layer, adapters)
+        add_one(addition, *rest)
 
     before = picture(model)
-    monkeypatch.setattr(change, "install", failing)
+    monkeypatch.setattr(change, "_add_one", failing)
     with pytest.raises(RuntimeError, match="half way"):
         lk.attach(model, lk.LoRA(rank=2), mode=mode)
     assert len(calls) >= 2

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_bits, attach, randomize
+from helpers import assert_bits, assert_close, assert_same, attach, picture, randomize
 from kinds import VARIANTS
 from models import mlp
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakit as lk
 from lorakit.fingerprint import fingerprint
+from lorakit.safe import read_in_order
+from lorakit.storage import read_tensors
 
 PACKAGE = str(Path(lk.__file__).parent)
 over_variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -121,3 +124,76 @@ def test_a_sum_that_is_too_large_is_no_infinity(base, tmp_path):
             parameter.fill_(3e38)
     lk.save(base, tmp_path / "a")
     lk.load(mlp(), tmp_path / "a", verify="off")
+
+
+TENSORS = {
+    "floats": torch.randn(3, 4),
+    "halves": torch.randn(5).half(),
+    "brains": torch.randn(2, 3, 2).bfloat16(),
+    "doubles": torch.randn(7, 1).double(),
+    "scalar": torch.tensor(3.0),
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"none": torch.empty(0, 3)}, {"integers": torch.arange(3)}], ids=str)
+def test_a_file_is_read_as_safetensors_reads_it(more, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({**TENSORS, **more}, path, metadata={"format": "pt"})
+    tensors, metadata = read_tensors(path)
+    assert metadata == {"format": "pt"}
+    assert_bits(dict(sorted(tensors.items())), dict(sorted(load_file(path).items())))
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors.values())
+    assert (read_in_order(path) is None) == bool(more)  # what is not floats, or empty, is left to the library
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 60, -1])
+def test_a_file_that_is_not_in_order_is_left_to_the_library(cut, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(TENSORS, path)
+    content = path.read_bytes()
+    for damaged in (
+        content[:cut],
+        content + b"\0",
+        content.replace(b'"F32"', b'"F64"'),
+        content.replace(b"[0,", b"[1,"),
+    ):
+        path.write_bytes(damaged)
+        assert read_in_order(path) is None
+        with pytest.raises(lk.LorakitError, match="damaged"):
+            read_tensors(path)
+
+
+MIXED = ("beside", "weight", "beside", "weight")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)], ids=str)
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 6), nn.Conv1d(6, 6, 1), nn.Embedding(6, 6)], ids=lambda m: type(m).__name__
+)
+def test_residents_in_both_modes_come_and_go_in_any_order(layer, order):
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(layer))
+    x = torch.arange(6) if isinstance(layer, nn.Embedding) else torch.randn(6, 6)
+    before, base = picture(model), model(x)
+    names, added = "abcd", {}
+    for name, mode in zip(names, MIXED, strict=True):
+        lk.attach(model, lk.LoRA(rank=2), type(layer), mode=mode, name=name)
+        randomize(model, name)
+        added[name] = model(x) - base
+    for gone in order:
+        left = list(lk.adapters(model))
+        lk.activate(model, left)
+        assert_close(model(x), base + sum(added[name] for name in left))
+        lk.remove(model, names[gone])
+    assert_same(picture(model), before)
+
+
+def test_modules_begin_as_torch_begins_them(base):
+    lk.attach(base, lk.LoRA(rank=2))
+    added = [module for module in base.modules() if type(module).__module__.startswith("lorakit")]
+    plain = vars(nn.Module())
+    for module in added:
+        assert plain.keys() <= vars(module).keys()
+        assert all(type(vars(module)[name]) is type(value) for name, value in plain.items())
+    held = [value for module in added for value in vars(module).values() if isinstance(value, dict | list | set)]
+    assert len({id(value) for value in held}) == len(held)

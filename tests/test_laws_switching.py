@@ -265,15 +265,15 @@ def test_loading_leaves_the_adapter_in_training_alone(tmp_path):
 def test_a_failure_leaves_what_trains_as_it_was(monkeypatch):
     from lorakit import change
 
-    model, install, calls = attached(mlp(), name="a"), change.install, []
+    model, add_one, calls = attached(mlp(), name="a"), change._add_one, []
 
-    def failing(layer, adapters):
-        calls.append(layer)
+    def failing(addition, *rest):
+        calls.append(addition)
         if len(calls) == 1:
             raise RuntimeError("no")
-        install(layer, adapters)
+        add_one(addition, *rest)
 
-    monkeypatch.setattr(change, "install", failing)
+    monkeypatch.setattr(change, "_add_one", failing)
     with pytest.raises(RuntimeError, match="no"):
         lk.attach(model, lk.LoRA(rank=2), targets="2", name="b")
     monkeypatch.undo()

@@ -14,7 +14,7 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables", "untouched"},
+    {"errors", "tables", "untouched", "safe"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},

@@ -8,7 +8,7 @@ whatever the number of layers and of resident adapters.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, cast, final
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.layers.choice import Selection
 from lorakit.layers.kind import Inputs, Kind, accumulation_dtype
+from lorakit.layers.modules import begin, duplicate
 from lorakit.layers.thin import Strength, Term
 
 Mode = Literal["beside", "weight"]
@@ -33,6 +34,9 @@ class Update(nn.Module, ABC):
     mode: Mode
     enabled: bool = True
     """Set it to False to have the base."""
+
+    def __init__(self) -> None:
+        begin(self)
 
     @abstractmethod
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -75,12 +79,7 @@ class Update(nn.Module, ABC):
     @final
     def restored(self, tensors: Mapping[str, Tensor]) -> "Update":
         """Another update like this one, with the tensors that `saved` gave; the two share nothing that changes."""
-        if self._modules:
-            update = copy.deepcopy(self)
-        else:  # the same, in a tenth of the time
-            update = type(self).__new__(type(self))
-            for name, value in vars(self).items():
-                vars(update)[name] = value.copy() if isinstance(value, _CONTAINERS) else value
+        update = copy.deepcopy(self) if self._modules else cast(Update, duplicate(self))  # in a tenth of the time
         update.restore(tensors)
         return update
 
@@ -103,11 +102,11 @@ class Update(nn.Module, ABC):
             self.place()
 
 
-_CONTAINERS = (dict, list, set)
-
-
 class _Children(nn.Module):
     """Child modules by name. Unlike `nn.ModuleDict` it has no method names, so a child may be called "keys"."""
+
+    def __init__(self, training: bool = True) -> None:
+        begin(self)["training"] = training
 
     def __getitem__(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
@@ -126,14 +125,15 @@ class _Children(nn.Module):
 class AdaptedWeight(_Children):
     """The updates of one weight: adapter name → `Update`."""
 
+    selection: Selection
     place: int | None = None
     """Where the adapters' tables have the updates of this weight."""
     ready: Any = None
     """What calls with few rows found (`ready.Ready`); a copy finds its own."""
 
-    def __init__(self, selection: Selection) -> None:
-        super().__init__()
-        self.selection = selection
+    def __init__(self, selection: Selection, training: bool = True) -> None:
+        super().__init__(training)
+        vars(self)["selection"] = selection
 
     def __getitem__(self, name: str) -> Update:
         return cast(Update, self._modules[name])
@@ -177,7 +177,16 @@ class AdaptedWeight(_Children):
 
     def holds(self, mode: Mode) -> bool:
         """Whether any resident update acts in this mode."""
-        return any(self[name].mode == mode for name in self)
+        return mode in [update.mode for update in self.updates()]
+
+    def has_alike(self, update: Update) -> bool:
+        """Whether another resident update reaches the layer's computation in the same way as this one."""
+        mode, kind = update.mode, type(update.kind)
+        return any(other.mode == mode and type(other.kind) is kind and other is not update for other in self.updates())
+
+    def updates(self) -> Iterable[Update]:
+        """Every resident update."""
+        return cast(dict[str, Update], self._modules).values()
 
 
 @final

@@ -22,9 +22,9 @@ from lorakit.layers.thin import Strength, Term, adapted_linear, add_thin_product
 
 def watch(layer: nn.Module, adapters: Adapters) -> None:
     """Have the updates beside this layer act at its calls."""
-    if list(adapters) == ["weight"] and _is_plain_linear(layer, adapters["weight"]):
+    if len(adapters) == 1 and "weight" in adapters and _is_plain_linear(layer, adapters["weight"]):
         vars(layer)["forward"] = partial(linear_forward, layer, adapters["weight"])
-        adapters.stands_in = True
+        vars(adapters)["stands_in"] = True
         # torch's fused transformer layers read weights past any forward; a hook on a module below keeps them from it.
         adapters._forward_hooks[0] = _never_called
     else:
@@ -38,7 +38,7 @@ def unwatch(layer: nn.Module, adapters: Adapters) -> None:
         layer._forward_hooks_with_kwargs.pop(key, None)
     if has_our_forward(layer):
         del vars(layer)["forward"]
-        adapters.stands_in = False
+        vars(adapters)["stands_in"] = False
         adapters._forward_hooks.clear()
 
 
@@ -58,7 +58,7 @@ def _is_plain_linear(layer: nn.Module, adapted: AdaptedWeight) -> bool:
         and not hasattr(type(layer), "bias")
         and layer._parameters.get("weight") is not None
         and "bias" in layer._parameters
-        and all(isinstance(adapted[name].kind, Linear) and adapted[name].mode == "beside" for name in adapted)
+        and all(type(update.kind) is Linear and update.mode == "beside" for update in adapted.updates())
     )
 
 

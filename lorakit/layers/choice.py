@@ -47,12 +47,13 @@ class Selection:
         """Put the adapter's update of this weight into its table."""
         if self.tables is None:
             return
-        if adapted.place is None:
-            taken = max((len(table) for table in self.tables.values()), default=0)
-            adapted.place = taken
+        place = adapted.place
+        if place is None:
+            place = max(map(len, self.tables.values()), default=0)
+            vars(adapted)["place"] = place
         table = self.tables.setdefault(name, [])
-        table.extend([None] * (adapted.place + 1 - len(table)))
-        table[adapted.place] = update = adapted[name]
+        table.extend([None] * (place + 1 - len(table)))
+        table[place] = update = adapted[name]
         if update.mode == "weight":
             self.reading.add(name)
 

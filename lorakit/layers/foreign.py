@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.errors import LorakitError
-from lorakit.layers.kind import Inputs, Kind, VectorKind, base_weight, kinds_of, register_kind, register_late
+from lorakit.layers.kind import Inputs, Kind, VectorKind, attribute, base_weight, kinds_of, register_kind, register_late
 from lorakit.layers.stored import as_floats, called, scheme_of, weight_object
 
 
@@ -70,12 +70,13 @@ class Foreign(VectorKind):
 
 def foreign_kind(layer: nn.Module) -> Kind | None:
     """The kind of a layer that says its sizes; None if it does not, or if it is made of layers that can be adapted."""
-    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+    inputs = attribute(layer, "in_features")
+    outputs = None if inputs is None else attribute(layer, "out_features")
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in (inputs, outputs)):
         return None
     if any(child is not None and _holds_a_layer(child) for child in layer._modules.values()):
         return None
-    return Foreign(*cast(tuple[int, int], sizes), scheme_of(weight_object(layer)))
+    return Foreign(inputs, cast(int, outputs), scheme_of(weight_object(layer)))
 
 
 def _holds_a_layer(module: nn.Module) -> bool:

@@ -35,13 +35,17 @@ def adapters_of(layer: nn.Module) -> Adapters | None:
 
 
 def install(layer: nn.Module, adapters: Adapters) -> None:
-    """Make `adapters` act on the layer; also to be called after its contents have changed."""
-    uninstall(layer)
-    layer.add_module("lora", adapters)
+    """Make `adapters` act on the layer; also to be called after its contents have changed.
+
+    Unless `AdaptedWeight.has_alike` says that nothing is different for the layer.
+    """
+    if "lora" in layer._modules:
+        uninstall(layer)
+    layer._modules["lora"] = adapters  # `add_module`, whose checks were made when the weight was chosen
     if any(adapters[parameter].holds("beside") for parameter in adapters):
         watch(layer, adapters)
         if type(layer._parameters) is dict:
-            layer._parameters = _Watched(layer._parameters)
+            vars(layer)["_parameters"] = _Watched(layer._parameters)  # past torch's setter, which takes longer
     names = tuple(sorted(parameter for parameter in adapters if adapters[parameter].holds("weight")))
     if names:
         layer.__class__ = _reading_class(cast(Any, type(layer)), names)
@@ -75,7 +79,7 @@ def uninstall(layer: nn.Module) -> Adapters | None:
     reading = "_read_by_lorakit" in vars(type(layer))
     unwatch(layer, adapters)
     if isinstance(layer._parameters, _Watched):
-        layer._parameters = dict(layer._parameters)
+        vars(layer)["_parameters"] = dict(layer._parameters)
     if reading:
         layer.__class__ = type(layer).__bases__[0]
         if isinstance(layer, nn.RNNBase):

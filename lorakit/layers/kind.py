@@ -4,6 +4,7 @@ A kind knows nothing of what is trained. It takes two factors, A and B, and says
 variant is built from that. To add a kind, write one file: a final class below, registered by type with `register_kind`.
 """
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -211,6 +212,17 @@ register_parts = parts_of.register
 """Decorates a function (layer) -> Parts; the type of its argument is the type of layer that it is for."""
 
 
+def attribute(module: nn.Module, name: str, default: Any = None) -> Any:
+    """`getattr(module, name, default)`, where most modules have nothing of that name: failing, torch's is slow."""
+    cls, own = type(module), vars(module)
+    if cls.__getattr__ is not nn.Module.__getattr__ or hasattr(cls, name):
+        return getattr(module, name, default)
+    for held in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+        if name in held:
+            return held[name]
+    return default
+
+
 def parameter_names(layer: nn.Module) -> Iterator[str]:
     """The names of a layer's own parameters, also of those that torch's parametrizations compute."""
     yield from (name for name, parameter in layer._parameters.items() if parameter is not None)
@@ -242,7 +254,7 @@ def runs_its_own_forward(layer: nn.Module, *classes: type[nn.Module]) -> bool:
     """
     own = vars(layer).get("forward")
     patched = own is not None and not hasattr(layer, "_hf_hook") and getattr(own, "func", None) not in STAND_INS
-    return patched or all(type(layer).forward is not cls.forward for cls in classes)
+    return patched or type(layer).forward not in [cls.forward for cls in classes]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -269,7 +281,8 @@ def stack_factor_shapes(
 
 def flat_shape(weight: Tensor) -> tuple[int, int]:
     """(d, k) of a weight whose first axis is the output: every other axis belongs to the input."""
-    return weight.shape[0], weight.shape[1:].numel()
+    d, *rest = weight.shape
+    return d, rest[0] if len(rest) == 1 else math.prod(rest)
 
 
 def flat_factor_shapes(weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -63,8 +63,10 @@ def _(layer: nn.Linear) -> Kind | None:
 
 def _has_weight(layer: nn.Linear) -> bool:
     """Whether its weight is an attribute, set or computed, as torch's is: nothing is computed here."""
+    if "weight" in layer._parameters or "weight" in vars(layer):
+        return True
     computed = getattr(type(layer), "weight", None)
-    return "weight" in layer._parameters or "weight" in vars(layer) or (computed is not None and not callable(computed))
+    return computed is not None and not callable(computed)
 
 
 @register_kind

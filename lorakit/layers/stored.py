@@ -20,6 +20,8 @@ from lorakit.layers.kind import base_weight
 
 def scheme_of(weight: Any) -> str | None:
     """How a weight is quantized, in a word ("nf4", "int8", "qint8", "Int8Tensor"); None for plain floats."""
+    if _is_plain(weight):
+        return None
     if not isinstance(weight, Tensor) or is_lazy(weight):
         return None
     if hasattr(weight, "quant_state"):  # 4 bits by bitsandbytes
@@ -34,6 +36,16 @@ def scheme_of(weight: Any) -> str | None:
         return type(weight).__name__ + (f" of {_word(bits)}" if isinstance(bits, torch.dtype) else "")
     integers = not (weight.dtype.is_floating_point or weight.dtype.is_complex)
     return _word(weight.dtype) if weight.is_quantized or integers or weight.dtype.itemsize < 2 else None
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether it is a parameter of floats without any mark: nearly every weight is, and that is soon told."""
+    return (
+        type(weight) is nn.Parameter
+        and not vars(weight)
+        and weight.dtype.is_floating_point
+        and weight.dtype.itemsize >= 2
+    )
 
 
 def weight_object(layer: nn.Module, parameter: str = "weight") -> Tensor | None:
@@ -97,6 +109,8 @@ def row_scales(layer: nn.Module, weight: Any) -> Tensor | None:
 def stored_tensors(layer: nn.Module, parameter: str) -> tuple[Tensor, ...]:
     """The plain tensors that hold the weight, to take a fingerprint of: the weight itself, or what it is made of."""
     weight = weight_object(layer, parameter)
+    if _is_plain(weight):
+        return (cast(Tensor, weight),)
     if weight is None:  # its parts lie under names of the layer's own
         state = layer.state_dict()
         own = [key for key in state if not key.startswith("lora.") and key != "bias"]

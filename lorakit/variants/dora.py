@@ -58,11 +58,13 @@ class MagnitudeUpdate(ScaledUpdate):
             own norms, by the same computation, so that g is 1 to the bit.
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+
     def __init__(self, weight: Tensor, spec: DoRA, kind: Kind, mode: Mode, evidence: Tensor | None) -> None:
         super().__init__(kind, mode, spec.scale, spec.dropout)
         A, B = start(spec, kind, weight, evidence)
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
+        self._parameters.update(A=nn.Parameter(A), B=nn.Parameter(B))
         rest = B.shape[2:] if len(kind.matrix_shape(weight)) == 2 else ()
         norms = self._norms(weight)
         if not norms.is_meta and not norms.isfinite().all():

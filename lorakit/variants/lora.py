@@ -93,6 +93,9 @@ class LowRankParametrization(FactoredUpdate):
         enabled: set it to False to read W itself.
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+
     def __init__(
         self,
         weight: Tensor,
@@ -107,8 +110,7 @@ class LowRankParametrization(FactoredUpdate):
             raise LorakitError(f"init={spec.init!r} subtracts its first product: use attach, which builds that")
         super().__init__(kind or Parameter("weight", flat=True), mode, spec.scale, spec.dropout)
         A, B = start(spec, self.kind, weight, evidence)
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
+        self._parameters.update(A=nn.Parameter(A), B=nn.Parameter(B))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B."""
@@ -124,12 +126,14 @@ class SubtractedUpdate(ScaledUpdate):
     the one LoRA of twice the rank that this is: [A; A₀] and [B, −B₀].
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+
     def __init__(self, weight: Tensor, spec: LoRA, kind: Kind, mode: Mode, evidence: Tensor | None) -> None:
         super().__init__(kind, mode, spec.scale, spec.dropout)
         A, B = start(spec, self.kind, weight, evidence)
         self._axis = len(self.kind.matrix_shape(weight)) - 2  # of A's ranks; of B's it is the next
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
+        self._parameters.update(A=nn.Parameter(A), B=nn.Parameter(B))
         self.register_buffer("A0", A.clone())
         self.register_buffer("B0", B.clone())
 

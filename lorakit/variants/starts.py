@@ -46,9 +46,12 @@ def start(spec: LowRank, kind: Kind, weight: Tensor, evidence: Tensor | None, *,
         )
     if computed:
         _check_rank(spec, kind, weight)
-    make = torch.empty if weight.is_meta else torch.zeros
-    A = make(a_shape, dtype=dtype, device=weight.device)
-    B = make(b_shape, dtype=dtype, device=weight.device)
+    # B·A = 0, so nothing changes. Of a look-up it is A that begins at zero, one column for each index: what is
+    # never looked up in training then stays as it was.
+    draws_B = kind.lookup and not frozen_A
+    zeros = torch.empty if weight.is_meta else torch.zeros
+    A = (zeros if computed or draws_B else torch.empty)(a_shape, dtype=dtype, device=weight.device)
+    B = (zeros if computed or not draws_B else torch.empty)(b_shape, dtype=dtype, device=weight.device)
     if weight.is_meta:
         return Start(A, B)
     if computed:
@@ -57,9 +60,7 @@ def start(spec: LowRank, kind: Kind, weight: Tensor, evidence: Tensor | None, *,
             if matrix is not None:
                 factor.copy_(matrix.reshape(factor.shape))
         return Start(A, B)
-    # B·A = 0, so nothing changes. Of a look-up it is A that begins at zero, one column for each index: what is
-    # never looked up in training then stays as it was.
-    random = B if kind.lookup and not frozen_A else A
+    random = B if draws_B else A
     if spec.init == "gaussian":
         random.normal_(std=1 / spec.rank if spec.std is None else spec.std)
     elif spec.init == "orthogonal":

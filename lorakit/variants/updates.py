@@ -28,14 +28,15 @@ def check_dropout(dropout: float, kind: Kind, mode: Mode) -> None:
 class ScaledUpdate(Update):
     """An update with a scale, and with dropout on its input in training."""
 
+    scale: float
+    dropout: float
+    _scale: Tensor
+
     def __init__(self, kind: Kind, mode: Mode, scale: float, dropout: float) -> None:
         super().__init__()
         check_dropout(dropout, kind, mode)
-        self.kind = kind
-        self.mode = mode
-        self.scale = scale
-        self._scale = scalar(scale)  # for compiled code, which would be made anew for another float
-        self.dropout = dropout
+        # _scale: for compiled code, which would be made anew for another float
+        vars(self).update(kind=kind, mode=mode, scale=scale, _scale=scalar(scale), dropout=dropout)
 
     @final
     def scaled(self, strength: Strength) -> Strength:

@@ -62,7 +62,10 @@ class Variant(ABC):
         return self
 
     def caution(self, kind: Kind, weight: Tensor) -> str | None:
-        """What a user should know before adapting this weight so, though it works; None if nothing."""
+        """What a user should know before adapting this weight so, though it works; None if nothing.
+
+        It is asked once for all weights of one shape and dtype.
+        """
         return None
 
     @classmethod
