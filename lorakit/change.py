@@ -99,7 +99,7 @@ def drop(root: nn.Module, state: State, name: str) -> None:
         check_changeable(site.layer)
     for site in mine:
         if site.adapted.has_alike(site.adapted[name]):
-            del site.adapted._modules[name]
+            site.adapted.take(name)
             continue
         adapters = uninstall(site.layer)
         assert adapters is not None
