@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorakit.layers.adapters import AdaptedWeight
+from lorakit.layers.adapters import AdaptedWeight, Update
 from lorakit.layers.thin import MANY, add_few
 
 NUMBERS = attrgetter("scale", "dropout")
 """What the term of an update depends on beside its tensors, if it says so."""
+
+
+def owner_of(update: Update, name: str, tensor: Tensor) -> dict[str, Any] | None:
+    """The mapping of the update that holds this very tensor; None if it is computed at every call."""
+    held: tuple[dict[str, Any], ...] = (update._parameters, update._buffers)
+    return next((owner for owner in held if owner.get(name) is tensor), None)
 
 
 @final
@@ -40,17 +46,13 @@ class Ready:
         if self.numbers[1] > 0:  # it drops in training only, and modes change
             return
         A, B, scale, _ = term
-        owners = [self._owner("A", A), self._owner("B", B)]
+        owners = [owner_of(self.update, "A", A), owner_of(self.update, "B", B)]
         if None in owners or isinstance(scale, Tensor):  # factors that are computed at every call
             return
         self.owner_A, self.owner_B = owners
         self.A, self.B, self.scale, self.at = A, B, scale, (A.data_ptr(), B.data_ptr())
         with torch.inference_mode(False), torch.no_grad():
             self.At, self.Bt = A.t(), B.t()
-
-    def _owner(self, name: str, tensor: Tensor) -> dict[str, Any] | None:
-        held = (self.update._parameters, self.update._buffers)
-        return next((owner for owner in held if owner.get(name) is tensor), None)
 
     def holds(self, adapted: AdaptedWeight) -> bool:
         """Whether all is as it was found; values may have changed, the views see that."""

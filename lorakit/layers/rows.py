@@ -19,7 +19,7 @@ from lorakit.errors import LorakitError
 from lorakit.layers.adapters import AdaptedWeight, Update
 from lorakit.layers.choice import Layout, RowChoice
 from lorakit.layers.kind import CalledKind, Inputs, VectorKind
-from lorakit.layers.ready import NUMBERS
+from lorakit.layers.ready import NUMBERS, owner_of
 from lorakit.layers.thin import Term, is_plain
 
 _MANY = 16
@@ -166,10 +166,10 @@ def _sources(updates: list[Update], As: list[Tensor], Bs: list[Tensor]) -> Sourc
         if cast(float, update.dropout) > 0:
             return None  # it acts in training only, and the mode may change
         for name, tensor in (("A", A), ("B", B)):
-            owner = next((held for held in (update._parameters, update._buffers) if held.get(name) is tensor), None)
+            owner = owner_of(update, name, tensor)
             if owner is None or tensor.is_inference():  # computed, or without a count of its changes
                 return None
-            owners.append(cast(dict[str, Any], owner))
+            owners.append(owner)
             names.append(name)
             tensors.append(tensor)
     versions, places = [t._version for t in tensors], [t.data_ptr() for t in tensors]
@@ -195,10 +195,7 @@ def _add_products(y: Tensor, x: Tensor, stacked: Stacked, *, fresh: bool) -> Ten
     if fresh:
         _into(y, _shrunk(x, A, layout), Bt, layout)
         return y
-    update, rows = torch.bmm(_shrunk(x, A, layout), Bt), layout.rows
-    update = update.view(len(rows), -1, y.shape[-1])
-    if layout.filled is not None:
-        update, rows = update.index_select(0, layout.filled), rows.index_select(0, layout.filled)
+    update, rows = _by_rows(torch.bmm(_shrunk(x, A, layout), Bt), layout)
     return y.index_add(0, rows, update.view(len(rows), *y.shape[1:]))
 
 
@@ -213,14 +210,20 @@ def _shrunk(x: Tensor, A: Tensor, layout: Layout) -> Tensor:
     return torch.bmm(A, _sorted(x, layout).mT).mT
 
 
+def _by_rows(update: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(rows, t, d) of (E, m, d), and which rows of the batch they are, without those that fill up."""
+    update, rows = update.view(len(layout.rows), -1, update.shape[-1]), layout.rows
+    if layout.filled is None:
+        return update, rows
+    return update.index_select(0, layout.filled), rows.index_select(0, layout.filled)
+
+
 def _into(total: Tensor, thin: Tensor, wide: Tensor, layout: Layout) -> None:
     """Add each row's product of (E, m, r) and (E, r, d) to a total (n, ..., d) of which no gradient is known."""
     if layout.in_order:
         total.view(layout.count, -1, total.shape[-1]).baddbmm_(thin, wide)
         return
-    update, rows = torch.bmm(thin, wide).view(len(layout.rows), -1, total.shape[-1]), layout.rows
-    if layout.filled is not None:
-        update, rows = update.index_select(0, layout.filled), rows.index_select(0, layout.filled)
+    update, rows = _by_rows(torch.bmm(thin, wide), layout)
     total.view(total.shape[0], -1, total.shape[-1]).index_add_(0, rows, update)
 
 
