@@ -228,3 +228,35 @@ def refused(model: nn.Module, *words: str) -> Iterator[None]:
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
     assert_same(picture(model), before)
+
+
+class KeptForBackward:
+    """What autograd keeps inside the block, each storage once, without the model's own parameters and buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self.kept: dict[int, Tensor] = {}
+
+    def __enter__(self) -> "KeptForBackward":
+        def keep(tensor: Tensor) -> Tensor:
+            place = tensor.untyped_storage().data_ptr()
+            if place not in self.own:
+                self.kept[place] = tensor
+            return tensor
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.hooks.__exit__(*args)
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
+
+    @property
+    def largest(self) -> int:
+        """The elements of the largest tensor."""
+        return max((tensor.numel() for tensor in self.kept.values()), default=0)

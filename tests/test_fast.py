@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_close, attached, randomize
+from helpers import KeptForBackward, assert_close, attached, randomize
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -88,32 +88,6 @@ def test_few_and_many_rows_agree(monkeypatch):
         assert_close(few, lots)
 
 
-class Kept:
-    """The elements of the tensors that autograd keeps, each storage once, without those of the model itself."""
-
-    def __init__(self, *own: torch.Tensor) -> None:
-        self.own = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self.bytes: dict[int, int] = {}
-
-    def __enter__(self):
-        def keep(tensor):
-            place = tensor.untyped_storage().data_ptr()
-            if place not in self.own:
-                self.bytes[place] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *args):
-        self.hooks.__exit__(*args)
-
-    @property
-    def total(self) -> int:
-        return sum(self.bytes.values())
-
-
 N, K, D, R = 200, 64, 48, 4
 
 
@@ -125,10 +99,10 @@ def test_nothing_is_kept_but_the_input_and_its_image_of_rank_r(dtype, dropout, v
     model = nn.Sequential(nn.Linear(K, D)).to(dtype)
     attached(model, variant(rank=R, dropout=dropout))
     x = torch.randn(rows, K, dtype=dtype, requires_grad=True)
-    with Kept(*model.parameters(), *model.buffers()) as kept:
+    with KeptForBackward(model) as kept:
         y = model(x)
     inputs = 0 if variant is lk.LoRAFA else rows * K * dtype.itemsize
-    assert kept.total == inputs + rows * R * 4
+    assert kept.bytes == inputs + rows * R * 4
     y.sum().backward()
 
 

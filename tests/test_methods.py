@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_close, assert_same, attached, picture, randomize, refused, run
+from helpers import KeptForBackward, assert_close, assert_same, attached, picture, randomize, refused, run
 from models import Block, mlp
 from torch import nn
 
@@ -53,38 +53,13 @@ def test_dora_keeps_a_row_of_zeros_finite():
     assert all(p.grad.isfinite().all() for p in lk.adapter_parameters(model))
 
 
-class Saved:
-    """Counts the numbers that autograd keeps and that are no parameter."""
-
-    def __init__(self, model):
-        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.kept = {}
-
-    def __enter__(self):
-        def pack(t):
-            if t.untyped_storage().data_ptr() not in self.own:
-                self.kept[t.untyped_storage().data_ptr()] = t
-            return t
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *args):
-        self.hooks.__exit__(*args)
-
-    @property
-    def largest(self):
-        return max((t.numel() for t in self.kept.values()), default=0)
-
-
 def test_lora_fa_keeps_no_input_and_dora_no_dense_matrix():
     x = torch.randn(50, 40)
     kept = {}
     for variant in (lk.LoRA(rank=2), lk.LoRAFA(rank=2), lk.DoRA(rank=2)):
         model = nn.Linear(40, 60)
         lk.attach(model, variant, nn.Linear)
-        with Saved(model) as saved:
+        with KeptForBackward(model) as saved:
             model(x)
         kept[type(variant).__name__] = saved
     assert kept["LoRA"].largest == x.numel()
