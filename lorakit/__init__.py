@@ -7,12 +7,14 @@ train(model)
 lk.save(model, "adapters/sql", name="sql")
 """
 
+from lorakit.adapter import Adapter
 from lorakit.algebra import decompose, numerical_rank
 from lorakit.attach import attach, detach, plan, remove
 from lorakit.budget import RankBudget
 from lorakit.combine import combine
 from lorakit.errors import LorakitError
-from lorakit.files import adapter_state_dict, load, save
+from lorakit.exchange import read, renamed_for, write
+from lorakit.files import adapter_state_dict, adapter_value, load, save
 from lorakit.flat import flat_parameter
 from lorakit.merge import merge, merged
 from lorakit.probe import probe
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA",
+    "Adapter",
     "DoRA",
     "Full",
     "LoHa",
@@ -40,6 +43,7 @@ __all__ = [
     "adapter_parameter_groups",
     "adapter_parameters",
     "adapter_state_dict",
+    "adapter_value",
     "adapters",
     "attach",
     "combine",
@@ -54,7 +58,10 @@ __all__ = [
     "per_row",
     "plan",
     "probe",
+    "read",
     "remove",
+    "renamed_for",
     "save",
     "set_trainable",
+    "write",
 ]

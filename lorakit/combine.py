@@ -13,16 +13,7 @@ from lorakit.state import Site, State, check_addition, check_complete, require, 
 from lorakit.sums import is_finite
 from lorakit.switch import Choice, strengths_of
 from lorakit.tables import shape, table
-from lorakit.variants import DoRA, FactoredUpdate, Full, LoHa, LoKr, LoRA, Rows, SubtractedUpdate
-
-_WHY_NOT = {
-    DoRA: "rescales the whole weight",
-    LoHa: "multiplies two products entry by entry",
-    LoKr: "is a Kronecker product",
-    Full: "is a whole weight",
-    Rows: "is rows of a weight",
-}
-"""Why what a variant trains is no product of two thin factors."""
+from lorakit.variants import FactoredUpdate, LoRA, SubtractedUpdate
 
 
 @dataclass(frozen=True)
@@ -133,8 +124,8 @@ def _problems(site: Site, state: State, names: list[str]) -> list[str]:
     for each in here:
         update, variant = site.adapted[each], state.weights[each][site.name]
         if not isinstance(update, FactoredUpdate | SubtractedUpdate):
-            why = _WHY_NOT.get(type(variant), "is no product of two thin factors")
-            found.append(f"{each!r} at {site.name!r}: {type(variant).__name__} {why}; merge it instead")
+            what = f"{type(variant).__name__} {variant.no_product}"
+            found.append(f"{each!r} at {site.name!r}: {what}; merge it instead")
         elif any(tensor.is_meta for tensor in update.state_dict().values()):
             found.append(f"{each!r} at {site.name!r}: it is on 'meta' and has no values")
         elif not all(is_finite(tensor) for tensor in update.state_dict().values()):

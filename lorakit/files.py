@@ -5,30 +5,29 @@ files understand. What PEFT has no field for (how each weight is adapted, finger
 "lorakit" in the safetensors header, so the one file holds everything.
 """
 
-import json
 import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from lorakit.adapter import Adapter, check_known
 from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
-from lorakit.header import Header, WeightEntry, file_key, parse_header
+from lorakit.header import Header, WeightEntry, file_key
 from lorakit.loading import build_additions
+from lorakit.native import native_files, write_files
 from lorakit.padding import pad
-from lorakit.peft_config import header_from_peft, peft_config, peft_disagreements
+from lorakit.peft_config import facts_of
 from lorakit.plan import Plan
-from lorakit.state import Site, State, check_addition, check_complete, one_name, require
-from lorakit.storage import all_finite, read_json_object, read_tensors, write_whole
+from lorakit.state import Site, State, check_addition, check_complete, one_name, require, unwrapped
 from lorakit.variants.low_rank import checked_rank
 
 Verify = Literal["sample", "off"]
-
-_TENSORS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -55,6 +54,22 @@ def _tensors(mine: list[Site], state: State, name: str) -> dict[str, Tensor]:
     }
 
 
+def adapter_value(model: nn.Module, name: str | None = None) -> Adapter:
+    """One adapter of a model as a value: what `save` writes, for arithmetic, for `write` and for other models.
+
+    Its tensors are the model's own, detached: a copy is made by whatever changes them.
+
+    Raises:
+        LorakitError: there is no such adapter, or there are several and no name.
+    """
+    root, state = require(model, None if name is None else [name])
+    name = one_name(state, name)
+    mine = check_complete(root, state, name)
+    header = Header(name, state.variants[name], _entries(mine, state, name))
+    header = replace(header, facts=facts_of(header, root))
+    return Adapter.of(header, _tensors(mine, state, name), f"adapter {name!r}")
+
+
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
     """Write one adapter: a directory in PEFT's layout, or one file if `path` ends in ".safetensors".
 
@@ -68,30 +83,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     Raises:
         LorakitError: no such adapter, it holds NaN or infinity, or the path cannot be written.
     """
-    if not os.fspath(path):
-        raise LorakitError("cannot write an adapter to an empty path: name a directory, or a .safetensors file")
-    path = Path(path)
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
     mine = check_complete(root, state, name)
-    tensors = {key: whole(tensor) for key, tensor in _tensors(mine, state, name).items()}
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise LorakitError(f"adapter {name!r} is not saved: it is on 'meta' and has no values")
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    bad = [key for key, tensor in tensors.items() if not all_finite(tensor)]
-    if bad:
-        raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
     header = Header(name, state.variants[name], _entries(mine, state, name))
-    content = to_safetensors(tensors, metadata={"format": "pt", "lorakit": header.to_json()})
-    if path.suffix == ".safetensors":
-        if path.is_dir():
-            raise LorakitError(f"cannot write {path}: it is a directory")
-        write_whole(path, content)
-        return
-    if path.exists() and not path.is_dir():
-        raise LorakitError(f"cannot write {path}: it is a file; name a directory, or a file ending in .safetensors")
-    write_whole(path / _TENSORS, content)
-    write_whole(path / _CONFIG, json.dumps(peft_config(header, root, tensors), indent=2).encode())
+    header = replace(header, facts=facts_of(header, root))
+    tensors = {key: whole(tensor) for key, tensor in _tensors(mine, state, name).items()}
+    write_files(native_files(header, tensors, root), path)
 
 
 def _entries(mine: list[Site], state: State, name: str) -> tuple[WeightEntry, ...]:
@@ -105,30 +103,43 @@ def _entries(mine: list[Site], state: State, name: str) -> tuple[WeightEntry, ..
 
 def load(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Adapter,
     name: str | None = None,
     *,
     verify: Verify = "sample",
     trainable: bool = False,
     rank: int | None = None,
+    format: str | None = None,
+    alpha: float | None = None,
+    enabled: Sequence[bool] | None = None,
+    heads: int | None = None,
+    part: str | None = None,
 ) -> Plan:
-    """Add an adapter from a file that `save` wrote, or from a PEFT directory of plain LoRA.
+    """Add an adapter from a file of any format that `read` knows, or one that is a value.
 
     As with `attach`, the base is frozen and the new adapter becomes the only active one. Which of the others train
     does not change, unless this one is to train.
 
     Args:
         model: the base the adapter was trained on.
-        path: a directory or a `.safetensors` file.
+        path: a directory, a file, or an `Adapter`.
         name: what to call it here; by default the name it was saved under, or the path's own.
         verify: "sample" compares fingerprints of the adapted weights with those stored; "off" does not, for the same
             base in another dtype, say.
         trainable: whether to train it on.
         rank: fill the factors up with zeros to this rank, for the same ΔW: adapters of equal shapes are switched in
             compiled code without compiling anew.
+        format: the format of the file, if it is not to be found from its keys.
+        alpha: as for `read`, where the file does not hold it; and so
+        enabled: which parts of a fused projection are adapted;
+        heads: attention heads, if the model has no `config` that says it;
+        part: which model of a pipeline this is, if the file is about several.
 
     Returns:
         What was done; `print` it for a table.
+
+    Warns:
+        Where the file holds something beside the adapter, which is left out.
 
     Raises:
         LorakitError: the file is damaged or does not fit this model: one error that lists everything that is wrong
@@ -136,39 +147,28 @@ def load(
     """
     if verify not in ("sample", "off"):
         raise LorakitError(f"verify={verify!r} must be 'sample' or 'off'")
-    path = Path(path)
-    header, tensors = _read(path)
+    from lorakit.formats import Known, Names, content_of, resolved  # most programs read no file
+
+    known = Known(alpha, None if enabled is None else tuple(enabled), heads, None, part)
+    if isinstance(path, Adapter):
+        adapter: Adapter | None = path
+        where = f"the adapter {path.name!r}"
+    else:
+        where = os.fspath(path)
+        content, form = content_of(Path(path), format, known)
+        if form.parts is not None:  # the model says of each tensor whether it fits, in one error
+            header, tensors = form.parts(content, known)
+        adapter = None if form.parts is not None else form.read(content, known)
+    if adapter is not None:
+        check_known(adapter)
+        adapter = resolved(adapter, Names.of_model(unwrapped(model)), known)
+        header, tensors = adapter.header, adapter.state_dict()
     name = header.name if name is None else name
     root = check_addition(model, name)
-    plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=str(path))
+    plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=where)
     if rank is not None:
         plan, additions = pad(plan, additions, checked_rank(rank))
     add(root, name, plan.variant, additions, trainable=trainable)
+    if adapter is not None and adapter.left_out:
+        warnings.warn(f"{where} holds what is no part of the adapter: {', '.join(adapter.left_out)}", stacklevel=2)
     return plan
-
-
-def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    if not path.exists():
-        raise LorakitError(f"{path} does not exist; check the path")
-    if not path.is_dir():
-        tensors, metadata = read_tensors(path)
-        if "lorakit" not in metadata:
-            raise LorakitError(
-                f"{path} does not say its alpha: it was not written by lorakit. Load the directory that has its "
-                f"{_CONFIG}"
-            )
-        return parse_header(metadata["lorakit"], str(path)), tensors
-    tensors, metadata = read_tensors(path / _TENSORS)
-    config = read_json_object(path / _CONFIG) if (path / _CONFIG).exists() or "lorakit" not in metadata else None
-    if "lorakit" not in metadata:
-        assert config is not None
-        tensors = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in tensors.items()}
-        header = header_from_peft(config, tensors, path)
-        return header, {key: tensor for key, tensor in tensors.items() if key not in header.variant.shared_names}
-    header = parse_header(metadata["lorakit"], str(path / _TENSORS))
-    if config is not None and (fields := peft_disagreements(header, config)):
-        raise LorakitError(
-            f"{path}: {_CONFIG} and {_TENSORS} are of two different saves: they disagree on {', '.join(fields)}; save "
-            f"again, or delete {_CONFIG} to trust the tensors' own header"
-        )
-    return header, tensors

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from lorakit.errors import LorakitError
@@ -33,6 +33,10 @@ class WeightEntry(NamedTuple):
     """Its own variant; None if it is the adapter's."""
     slices: tuple[str, ...] = ()
     """The names of the slices that were adapted, each by itself; empty if it is the parameter as a whole."""
+    kind: str | None = None
+    """The name of the kind's class, which says how the weight is seen as a matrix; None if the file does not say."""
+    padding_idx: int | None = None
+    """The column that no update changes."""
 
     @classmethod
     def of(cls, site: Site, name: str, variant: Variant | None) -> "WeightEntry":
@@ -40,8 +44,9 @@ class WeightEntry(NamedTuple):
         update = site.adapted[name]
         sample = fingerprint(*stored_tensors(site.layer, site.parameter))
         shape = tuple(outline(site.layer, update.kind).shape)
-        dtype, slices = stored_dtype(site.layer, update.kind), update.kind.slices
-        return cls(site.path, site.parameter, update.mode, shape, dtype, sample, variant, slices)
+        dtype, kind = stored_dtype(site.layer, update.kind), update.kind
+        how = (variant, kind.slices, type(kind).__name__, kind.padding_idx)
+        return cls(site.path, site.parameter, update.mode, shape, dtype, sample, *how)
 
     @property
     def name(self) -> str:
@@ -65,6 +70,8 @@ class Header:
     weights: tuple[WeightEntry, ...]
     ours: bool = True
     """Whether lorakit wrote it. PEFT computes in float32 with tensors that its file holds in 16 bits; so do we."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known and worth keeping, as JSON has it: "base", the name of the model it was trained on, say."""
 
     def variant_of(self, entry: WeightEntry) -> Variant:
         """The variant of one weight."""
@@ -77,6 +84,8 @@ class Header:
                 "version": _VERSION,
                 "name": self.name,
                 "variant": variant_to_json(self.variant),
+                **({} if self.ours else {"ours": False}),
+                **({"facts": dict(self.facts)} if self.facts else {}),
                 "weights": [
                     {**entry._asdict(), "variant": None if entry.variant is None else variant_to_json(entry.variant)}
                     for entry in self.weights
@@ -109,24 +118,28 @@ def parse_header(text: str, where: str) -> Header:
     try:
         variant = variant_from_json(raw["variant"])
         weights = tuple(_entry(entry) for entry in raw["weights"])
-        name = raw["name"]
-        if not isinstance(name, str):
-            raise TypeError("the name is no string")
+        name, ours, facts = raw["name"], raw.get("ours", True), raw.get("facts", {})
+        for what, value, kind in (("name", name, str), ("ours", ours, bool), ("facts", facts, dict)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{what} {value!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
         raise LorakitError(f"the lorakit header of {where} is damaged: {what}; save the adapter again") from None
-    return Header(name, variant, weights)
+    return Header(name, variant, weights, ours, facts)
 
 
 def _entry(raw: Mapping[str, Any]) -> WeightEntry:
-    own = raw.get("variant")
-    given = {"shape": tuple(raw["shape"]), "slices": tuple(raw.get("slices", ()))}
+    own, shape = raw.get("variant"), raw["shape"]
+    given = {"shape": None if shape is None else tuple(shape), "slices": tuple(raw.get("slices", ()))}
     entry = WeightEntry(**{**raw, **given, "variant": None if own is None else variant_from_json(own)})
-    words = (entry.path, entry.parameter, entry.dtype, *entry.slices)
-    if not all(isinstance(word, str) for word in words) or entry.mode not in ("beside", "weight"):
+    if not all(isinstance(word, str) for word in (entry.path, entry.parameter, *entry.slices)):
         raise TypeError(f"{raw!r}")
-    if not all(isinstance(size, int) and size >= 0 for size in raw["shape"]):
-        raise TypeError(f"shape {raw['shape']!r}")
-    if entry.sample is not None and not isinstance(entry.sample, str):
-        raise TypeError(f"sample {entry.sample!r}")
+    if entry.mode not in (None, "beside", "weight"):
+        raise TypeError(f"mode {entry.mode!r}")
+    if not all(type(size) is int and size >= 0 for size in entry.shape or ()):
+        raise TypeError(f"shape {shape!r}")
+    if not all(isinstance(word, str | None) for word in (entry.dtype, entry.sample, entry.kind)):
+        raise TypeError(f"dtype {entry.dtype!r}, sample {entry.sample!r}, kind {entry.kind!r}")
+    if not isinstance(entry.padding_idx, int | None):
+        raise TypeError(f"padding_idx {entry.padding_idx!r}")
     return entry

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
-from lorakit.layers import TransposedLinear, kinds_of
+from lorakit.layers import TransposedLinear
 from lorakit.state import layers_of
 from lorakit.variants import VARIANTS, Full, Rows, Variant, VeRA
 
@@ -35,13 +35,15 @@ _OURS_ALONE = "LORAKIT"
 """The peft_type of what PEFT has no words for: it then says so, where it would load a part without a word."""
 
 
-def peft_config(header: Header, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What PEFT, vLLM and llama.cpp ask of `adapter_config.json`; a type unknown to them if they cannot have it all."""
-    reasons = _beyond_peft(header, model, tensors)
+def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> dict[str, Any]:
+    """What PEFT, vLLM and llama.cpp ask of `adapter_config.json`; a type unknown to them if they cannot have it all.
+
+    Without the model it cannot be known whether other layers have names that end like those of adapted ones, which
+    PEFT would take for them, nor whether weights are tied to others.
+    """
+    reasons = beyond_peft(header, tensors, model)
     if reasons:
         return {"peft_type": _OURS_ALONE, "reasons": reasons}
-    base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    layers = dict(layers_of(model))
     mine = header.variant.peft_fields()
     patterns: dict[str, dict[str, Any]] = {name: {} for name in _PATTERNS}
     adapted = [entry for entry in header.weights if not isinstance(header.variant_of(entry), Full | Rows)]
@@ -54,39 +56,57 @@ def peft_config(header: Header, model: nn.Module, tensors: Mapping[str, Tensor])
     targets = [entry.path if entry.parameter == "weight" else entry.name for entry in adapted]
     config = {
         "task_type": None,
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
-        "base_model_name_or_path": base if isinstance(base, str) else None,
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
         "revision": None,
+        **header.facts.get("peft", {}),
         **mine,
         "target_modules": targets,
         "inference_mode": True,
     }
-    if others := _others_of_that_end(targets, layers):
+    others = [] if model is None else _others_of_that_end(targets, dict(layers_of(model)))
+    if others:
         # As regular expressions, which PEFT matches in full. Its VeRA cannot exclude, and few but PEFT read it.
         key, names = ("target_modules", targets) if mine["peft_type"] == "VERA" else ("exclude_modules", others)
         config[key] = "|".join(map(re.escape, names))
     if "r" in mine and mine["peft_type"] != "VERA":
         config |= patterns
     if "lora_alpha" in mine:
+        rows = {entry.path: header.variant_of(entry) for entry in header.weights}
         config |= {
-            "modules_to_save": _whole_modules(header, model) or None,
+            "modules_to_save": header.facts.get("whole_modules") or None,
             "trainable_token_indices": {
-                entry.path: list(variant.rows)
-                for entry in header.weights
-                for variant in [header.variant_of(entry)]
-                if isinstance(variant, Rows)
+                path: list(variant.rows) for path, variant in rows.items() if isinstance(variant, Rows)
             }
             or None,
             "bias": "none",
-            "fan_in_fan_out": any(
-                isinstance(kind, TransposedLinear) for entry in adapted for kind in kinds_of(layers[entry.path])
-            ),
+            "fan_in_fan_out": any(entry.kind == TransposedLinear.__name__ for entry in adapted),
             "init_lora_weights": True,
         }
     return config
 
 
-def _beyond_peft(header: Header, model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def facts_of(header: Header, model: nn.Module) -> dict[str, Any]:
+    """What a config says beyond the header: the base's class, its name in transformers, modules trained as a whole."""
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    cls = type(model)
+    config = {
+        "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
+        "base_model_name_or_path": base if isinstance(base, str) else None,
+    }
+    return {"peft": config, "whole_modules": _whole_modules(header, model)}
+
+
+def _facts_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a config that PEFT wrote."""
+    kept = ("task_type", "auto_mapping", "base_model_name_or_path", "revision")
+    return {
+        "peft": {key: config[key] for key in kept if config.get(key) is not None},
+        "whole_modules": list(config.get("modules_to_save") or []),
+    }
+
+
+def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> list[str]:
     """What of the adapter PEFT would refuse, or lose."""
     variants = {entry.name: header.variant_of(entry) for entry in header.weights}
     adapted = {entry.path for entry in header.weights if not isinstance(variants[entry.name], Full | Rows)}
@@ -98,35 +118,31 @@ def _beyond_peft(header: Header, model: nn.Module, tensors: Mapping[str, Tensor]
             if entry.path in adapted:
                 reasons.append(f"{entry.name} is trained as a whole on a layer that has factors")
         elif isinstance(variant, Rows):
-            reasons += [
-                f"rows of {entry.name} are trained {why}" for why in _rows_beyond(entry, variants, kind, model, tensors)
-            ]
+            reasons += [f"rows of {entry.name} are trained beside {kind}"] * (kind != "LORA")
+            if model is not None and not _tied_alike(entry, variants, model, tensors):
+                reasons.append(f"rows of {entry.name} are trained apart from the weights tied to it")
         elif entry.parameter != "weight" or entry.slices:
             reasons.append(f"{entry.name} is no layer's whole weight")
         elif kind == "ADALORA" and variant != header.variant:
             reasons.append(f"{entry.name} has a rank or an alpha of its own")
     if isinstance(header.variant, VeRA):
         shapes = [entry.shape for entry in header.weights if entry.path in adapted and entry.shape is not None]
-        if header.variant != replace(header.variant, sizes=None).fit(shapes):
+        if not shapes or header.variant != replace(header.variant, sizes=None).fit(shapes):
             reasons.append(f"the shared matrices have sizes={header.variant.sizes}, not those of the largest weights")
     return reasons
 
 
-def _rows_beyond(
-    entry: WeightEntry, variants: Mapping[str, Variant], kind: str, model: nn.Module, tensors: Mapping[str, Tensor]
-) -> list[str]:
-    """Why PEFT cannot have these rows: it has them beside LoRA alone, and where weights are tied in all of the layers.
-
-    There the same indices are the same rows to it.
-    """
+def _tied_alike(
+    entry: WeightEntry, variants: Mapping[str, Variant], model: nn.Module, tensors: Mapping[str, Tensor]
+) -> bool:
+    """Whether these rows are trained alike in all layers whose weights are tied: they are the same rows to PEFT."""
     weight = model.get_submodule(entry.path)._parameters.get(entry.parameter)
     tied = [(name, own) for name, m in layers_of(model) for own, p in m._parameters.items() if p is weight]
     values: dict[Variant | None, list[Tensor]] = {}
     for layer, own in tied:
         key = f"{PREFIX}{layer}.{Rows.file_names['value']}"
         values.setdefault(variants.get(f"{layer}.{own}"), []).append(tensors.get(key, torch.empty(0)))
-    alike = None not in values and all(torch.equal(each[0], v) for each in values.values() for v in each)
-    return [f"beside {kind}"] * (kind != "LORA") + ["apart from the weights tied to it"] * (not alike)
+    return None not in values and all(torch.equal(each[0], v) for each in values.values() for v in each)
 
 
 def _others_of_that_end(targets: Collection[str], layers: Collection[str]) -> list[str]:
@@ -204,7 +220,7 @@ def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], p
     paths = sorted({key.removeprefix(PREFIX).removesuffix(ending) for key, ending in endings})
     entries = [_entry(layer, "weight", _own(variant, config, layer, path)) for layer in paths]
     entries += _extra_entries(config, set(tensors) - {key for key, _ in endings} - {*variant.shared_names}, path)
-    return Header(path.absolute().name, variant, tuple(entries), ours=False)
+    return Header(path.absolute().name, variant, tuple(entries), ours=False, facts=_facts_in(config))
 
 
 def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:

@@ -12,7 +12,7 @@ from lorakit.variants.checks import checked_number
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Resident:
     """One resident adapter."""
 
     variant: Variant
@@ -25,7 +25,7 @@ class Adapter:
     trainable: bool
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
+def adapters(model: nn.Module) -> dict[str, Resident]:
     """The resident adapters by name, in the order in which they came; empty for a model without."""
     root = find_root(model)
     if root is None:
@@ -37,7 +37,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     for name, variant in state.variants.items():
         mine = [site for site in everywhere if name in site.adapted]
         tensors = [p for site in mine for p in site.adapted[name].parameters()]
-        found[name] = Adapter(
+        found[name] = Resident(
             variant,
             tuple(site.name for site in mine),
             sum(p.numel() for p in tensors),

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,30 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a directory: a new one appears whole; in one that is there, each file is replaced whole.
+
+    Raises:
+        LorakitError: it cannot be written; what was there is untouched.
+    """
+    if path.exists():
+        for name, content in files.items():
+            write_whole(path / name, content)
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        for name, content in files.items():
+            write_whole(beside / name, content)
+        os.replace(beside, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise LorakitError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -54,6 +54,11 @@ class AdaLoRA(Ranked):
             "total_step": 1,
         }
 
+    def product(self, saved: Mapping[str, Tensor], inner: int) -> tuple[Tensor, Tensor] | None:
+        """s·P and diag(λ)·Q."""
+        B, A = saved["B"].flatten(inner), saved["A"].flatten(inner)
+        return B * self.scale, saved["E"] * A
+
     def caution(self, kind: Kind, weight: Tensor) -> str | None:
         """A rank above min(d, k) buys nothing."""
         return rank_caution(self.rank, kind, weight)

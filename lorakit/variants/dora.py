@@ -23,6 +23,7 @@ class DoRA(LowRank):
     """Hyper-parameters of DoRA: those of `LoRA`, with one of its random starts or "eva"."""
 
     file_names: ClassVar[Mapping[str, str]] = {**LowRank.file_names, "magnitude": "lora_magnitude_vector"}
+    no_product: ClassVar[str] = "rescales the whole weight"
     exclusive: ClassVar[bool] = True
 
     @property
@@ -33,6 +34,10 @@ class DoRA(LowRank):
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "MagnitudeUpdate":
         """A, B and the magnitudes for one weight."""
         return MagnitudeUpdate(weight, self, kind, mode, evidence)
+
+    def product(self, saved: Mapping[str, Tensor], inner: int) -> tuple[Tensor, Tensor] | None:
+        """None: ΔW depends on W."""
+        return None
 
     def peft_fields(self) -> dict[str, Any]:
         """LoRA's fields, and use_dora."""

@@ -18,6 +18,7 @@ from lorakit.variants.variant import Variant
 class Full(Variant):
     """The weight itself, trained as a copy: the base keeps its own, and comes back with `disabled`."""
 
+    no_product: ClassVar[str] = "is a whole weight"
     file_names: ClassVar[Mapping[str, str]] = {"value": ""}
 
     @property
@@ -77,6 +78,7 @@ class Rows(Variant):
 
     rows: tuple[int, ...]
 
+    no_product: ClassVar[str] = "is rows of a weight"
     file_names: ClassVar[Mapping[str, str]] = {"value": "token_adapter.trainable_tokens_delta"}
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class LoHa(Ranked):
         LorakitError: a value is out of range or of the wrong type.
     """
 
+    no_product: ClassVar[str] = "multiplies two products entry by entry"
     file_names: ClassVar[Mapping[str, str]] = {
         "B1": "hada_w1_a",
         "A1": "hada_w1_b",

@@ -1,7 +1,7 @@
 """LoKr: W' = W + s·(W₁ ⊗ W₂), a Kronecker product whose factors may be low-rank (LyCORIS, arXiv:2309.14859, §3.3)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -33,6 +33,7 @@ class LoKr(Ranked):
     factor: int = -1
     decompose_both: bool = False
 
+    no_product: ClassVar[str] = "is a Kronecker product"
     file_names: ClassVar[Mapping[str, str]] = {
         name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
     }
@@ -47,6 +48,11 @@ class LoKr(Ranked):
     def build(self, kind: Kind, weight: Tensor, mode: Mode, evidence: Tensor | None = None) -> "KroneckerUpdate":
         """The factors for one weight."""
         return KroneckerUpdate(weight, self, kind, mode)
+
+    def incomplete(self, names: Collection[str]) -> str | None:
+        """Each of W₁ and W₂ is there as a whole or as two factors."""
+        missing = [w for w in ("w1", "w2") if w not in names and not {f"{w}_a", f"{w}_b"} <= set(names)]
+        return ", ".join(f"lokr_{w}" for w in missing) or None
 
     def peft_fields(self) -> dict[str, Any]:
         """R, alpha, decompose_factor and decompose_both."""

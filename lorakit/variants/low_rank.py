@@ -114,6 +114,11 @@ class LowRank(Variant, ABC):
             "use_rslora": self.scaling == "rslora",
         }
 
+    def product(self, saved: Mapping[str, Tensor], inner: int) -> tuple[Tensor, Tensor] | None:
+        """s·B and A."""
+        B, A = saved["B"], saved["A"]
+        return (B if self.scale == 1 else B * self.scale).flatten(inner), A.flatten(inner)
+
     def caution(self, kind: Kind, weight: Tensor) -> str | None:
         """A rank above min(d, k) buys nothing."""
         return rank_caution(self.rank, kind, weight)

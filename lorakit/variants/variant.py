@@ -1,7 +1,7 @@
 """What a variant is: hyper-parameters that build the trained tensors of one weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +27,8 @@ class Variant(ABC):
     """What each tensor of its updates is called in PEFT's files, after the layer's name."""
     shared_names: ClassVar[Sequence[str]] = ()
     """Keys of PEFT's files for what all weights have in common and what is not stored here."""
+    no_product: ClassVar[str] = "is no product of two thin factors"
+    """Why ΔW is not known from the two factors alone, if it is not."""
     exclusive: ClassVar[bool] = False
     """Whether only one such update can act on a weight: it rescales the whole weight, and two have no sum."""
 
@@ -67,6 +69,19 @@ class Variant(ABC):
         It is asked once for all weights of one shape and dtype.
         """
         return None
+
+    def product(self, saved: Mapping[str, Tensor], inner: int) -> tuple[Tensor, Tensor] | None:
+        """ΔW = B·A as two matrices with the scale in B, (d, r) and (r, k), after the stack's axis if there is one.
+
+        `saved` is what a file holds, by the names of `file_names`; the inner axis of B is `inner`, 2 in a stack and
+        else 1. None if ΔW is no such product, or is not known without the weight.
+        """
+        return None
+
+    def incomplete(self, names: Collection[str]) -> str | None:
+        """What is missing if a file holds just these of `file_names`; None if nothing."""
+        missing = [file_name or name for name, file_name in self.file_names.items() if name not in names]
+        return ", ".join(missing) or None
 
     @classmethod
     def of_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Variant | None":

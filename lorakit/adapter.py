@@ -1,0 +1,190 @@
+"""An adapter as a value: its weights and their tensors, without a model."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lorakit.errors import LorakitError
+from lorakit.header import LOOKUP_NAMES, Header, WeightEntry, file_key
+from lorakit.variants import Variant
+
+LOOKUPS = frozenset({"Embedding", "EmbeddingBag", "ReadEmbedding"})
+"""The kinds whose inputs are indices, by the names of their classes."""
+
+
+class AdapterWeight(NamedTuple):
+    """One weight of an adapter and its tensors."""
+
+    entry: WeightEntry
+    variant: Variant
+    tensors: Mapping[str, Tensor]
+    """By the names of `variant.file_names`: "A" and "B" of LoRA, in the shapes in which layers store them."""
+
+    @property
+    def name(self) -> str:
+        """The weight's full name, as the file has it."""
+        return self.entry.name
+
+    @property
+    def lookup(self) -> bool:
+        """Whether it is a table of vectors, looked up by index."""
+        return self.entry.kind in LOOKUPS
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the tensors have an axis before those of a matrix: (E, r, k) and (E, d, r) of a stack of E."""
+        if self.entry.slices or self.entry.kind not in (None, "Parameter"):
+            return bool(self.entry.slices)
+        A, B = self.tensors.get("A"), self.tensors.get("B")
+        if A is None or B is None or A.dim() != 3 or B.dim() != 3:
+            return False
+        of_kernel = A.shape[0] == B.shape[1] and B.shape[2] == 1  # a convolution over one axis
+        return not of_kernel and A.shape[0] == B.shape[0] and A.shape[1] == B.shape[2]
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """ΔW = B·A as matrices with the scale in B: (d, r) and (r, k), (E, d, r) and (E, r, k) of a stack.
+
+        Raises:
+            LorakitError: ΔW is no product of two thin factors.
+        """
+        found = self.variant.product(self.tensors, 2 if self.stacked else 1)
+        if found is None:
+            variant = self.variant
+            raise LorakitError(f"{self.name!r}: {type(variant).__name__} {variant.no_product}; merge it instead")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What is known of an adapter without a model: `read` makes one from a file, `adapter_value` from a live model.
+
+    It never changes. Its tensors may be those of a live model: they follow when that is trained.
+    """
+
+    name: str
+    variant: Variant
+    """What most weights have; `weights` says what each has."""
+    weights: tuple[AdapterWeight, ...]
+    format: str = "lorakit"
+    """The format of the file it came from."""
+    ours: bool = True
+    """Whether lorakit trained it: others compute in 32 bits with tensors that their files hold in 16."""
+    missing: tuple[str, ...] = ()
+    """What the format does not hold and was not given: the arguments of `read` that say it, such as "alpha"."""
+    naming: str = ""
+    """In which way names are not those of a model's layers: "kohya" has them flattened. "" if they are those."""
+    left_out: tuple[str, ...] = ()
+    """What the file holds beside the adapter, and is not in this value."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known, as JSON has it: "base" is the name of the model it was trained on."""
+
+    @classmethod
+    def of(cls, header: Header, tensors: Mapping[str, Tensor], where: str, **more: Any) -> "Adapter":
+        """The adapter that a header and tensors under the keys of PEFT's files make up.
+
+        Raises:
+            LorakitError: tensors are missing or left over; `where` names the file.
+        """
+        left = dict(tensors)
+        weights = tuple(_gathered(header, entry, left) for entry in header.weights)
+        problems = [problem for weight in weights if (problem := _incomplete(weight)) is not None]
+        problems += [f"it holds {key!r}, which is no part of it" for key in left]
+        if not weights:
+            problems.append("it adapts no weight")
+        check(where, problems)
+        return cls(header.name, header.variant, weights, ours=header.ours, facts=header.facts, **more)
+
+    @property
+    def header(self) -> Header:
+        """What a file says about it."""
+        entries = (
+            weight.entry._replace(variant=None if weight.variant == self.variant else weight.variant)
+            for weight in self.weights
+        )
+        return Header(self.name, self.variant, tuple(entries), self.ours, self.facts)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors under the keys of PEFT's files."""
+        return {
+            file_key(weight.entry.path, weight.entry.parameter, weight.variant.file_names[name], weight.lookup): tensor
+            for weight in self.weights
+            for name, tensor in weight.tensors.items()
+        }
+
+    def with_weights(self, weights: Iterable[AdapterWeight], **changes: Any) -> "Adapter":
+        """The same adapter with other weights, and other fields if they are named."""
+        return replace(self, weights=tuple(weights), **changes)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(tensor.numel() for weight in self.weights for tensor in weight.tensors.values())
+
+    def __repr__(self) -> str:
+        return (
+            f"Adapter({self.name!r}, {self.variant}, {len(self.weights)} weights, {self.parameters:,} numbers, "
+            f"format={self.format!r})"
+        )
+
+
+def check(where: str, problems: Iterable[str]) -> None:
+    """One error that lists all problems, if there are any.
+
+    Raises:
+        LorakitError: there are.
+    """
+    listed = "".join(f"\n  - {problem}" for problem in problems)
+    if listed:
+        raise LorakitError(f"{where} is no adapter that can be used:{listed}")
+
+
+def check_known(adapter: Adapter) -> None:
+    """Whether all is known that ΔW depends on.
+
+    Raises:
+        LorakitError: the file does not hold something, and it was not given.
+    """
+    if adapter.missing:
+        what = ", ".join(f"{name}=..." for name in adapter.missing)
+        raise LorakitError(
+            f"{adapter.name!r} was read from a file of {adapter.format}, which does not hold its "
+            f"{' and '.join(adapter.missing)}, and it is never guessed: give {what}"
+        )
+
+
+def _gathered(header: Header, entry: WeightEntry, left: dict[str, Tensor]) -> AdapterWeight:
+    """A weight with its tensors, taken out of those that are left."""
+    variant, found, lookup = header.variant_of(entry), {}, False
+    for name, file_name in variant.file_names.items():
+        for looked_up in (False, True):
+            value = left.pop(file_key(entry.path, entry.parameter, file_name, looked_up), None)
+            if value is not None:
+                found[name] = value
+                lookup = lookup or (looked_up and file_name in LOOKUP_NAMES)
+    if lookup and entry.kind is None:
+        entry = entry._replace(kind="Embedding")
+    return AdapterWeight(entry, variant, found)
+
+
+def _incomplete(weight: AdapterWeight) -> str | None:
+    """What a weight lacks, or what of it does not fit together."""
+    missing = weight.variant.incomplete(weight.tensors)
+    if missing is not None:
+        return f"{weight.name!r} lacks {missing}"
+    for name, tensor in weight.tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            return f"{weight.name!r}: {name} is of dtype {tensor.dtype}; floats of 16 bits or more are needed"
+        if not tensor.numel():
+            return f"{weight.name!r}: {name} of shape {tuple(tensor.shape)} is empty"
+    A, B = weight.tensors.get("A"), weight.tensors.get("B")
+    if A is None or B is None:
+        return None
+    fields, inner = weight.variant.peft_fields(), 2 if weight.stacked else 1
+    rank, shapes = fields.get("r", fields.get("init_r")), f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+    if A.dim() <= inner or B.dim() <= inner:
+        return f"{weight.name!r}: {shapes}: a factor is no matrix"
+    if not A.shape[inner - 1] == B.shape[inner] == rank:
+        return f"{weight.name!r}: {shapes} are no two factors of rank {rank}"
+    return None

@@ -1,0 +1,94 @@
+"""Adapters as values, from files of any format and into them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorakit.adapter import Adapter, check_known
+from lorakit.errors import LorakitError
+from lorakit.native import write_files
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    alpha: float | None = None,
+    enabled: Sequence[bool] | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> Adapter:
+    """The adapter in a file or directory of any format that is known, as a value. No code in it is ever run.
+
+    Args:
+        path: a directory, or a file.
+        format: its format; by default found from its keys.
+        alpha: the numerator of the scale, where the format does not hold it. Without it the adapter can be looked at,
+            and nothing that depends on its scale be done.
+        enabled: for fused projections, where the format does not say it: which of their parts are adapted, such as
+            (True, False, True) for q and v.
+        heads: attention heads of the model, where the format has the rows of q and k in another order.
+        kv_heads: heads of keys and values, if there are fewer.
+
+    Raises:
+        LorakitError: it does not exist, is damaged, or of no format that is known; or something is given that it
+            holds itself.
+    """
+    from lorakit.formats import Known, read_adapter  # most programs read no file
+
+    known = Known(alpha, None if enabled is None else tuple(enabled), heads, kv_heads)
+    return read_adapter(Path(path), format, known)
+
+
+def renamed_for(
+    adapter: Adapter, names: Sequence[str] | nn.Module, *, part: str | None = None, heads: int | None = None
+) -> Adapter:
+    """The adapter with the names of a model's layers, where its file had others: flattened, numbered, of a pipeline.
+
+    Args:
+        adapter: what `read` gave.
+        names: the model, or the names of its parameters.
+        part: which model of a pipeline it is, if the adapter is about several.
+        heads: attention heads, if the model has no config that says it.
+
+    Raises:
+        LorakitError: names that fit no layer, or several: all of them in one error.
+    """
+    from lorakit.formats import Known, Names, resolved
+
+    target = Names.of_model(names) if isinstance(names, nn.Module) else Names.of_list(names)
+    return resolved(adapter, target, Known(heads=heads, part=part))
+
+
+def write(
+    adapter: Adapter, path: str | os.PathLike[str], format: str = "lorakit", *, portable: bool = False, **known: Any
+) -> tuple[str, ...]:
+    """Write an adapter in any format that is known; a file appears whole or not at all.
+
+    Args:
+        adapter: what `read`, `adapter_value` or arithmetic gave.
+        path: a directory, or a file with a suffix of the format.
+        format: "lorakit" is the native form, which PEFT reads too.
+        portable: fold every scale into B and fill all ranks up to one, for engines that know but one scale: vLLM and
+            llama.cpp. The ΔW is the same.
+        **known: what the format needs and the adapter does not say: heads, kv_heads, part, arch.
+
+    Returns:
+        What the format has no place for and no output depends on, such as dropout.
+
+    Raises:
+        LorakitError: the format cannot hold something that outputs depend on: all of it in one error; or the path
+            cannot be written.
+    """
+    from lorakit.formats import Known, form_named
+
+    form = form_named(format)
+    if form.write is None:
+        raise LorakitError(f"{format} is read, not written")
+    check_known(adapter)
+    written = form.write(adapter, Known(**known))
+    write_files(written.files, path, form.suffixes)
+    return written.lost

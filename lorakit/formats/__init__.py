@@ -1,0 +1,96 @@
+"""Adapter files of every format that is known here, as values and back. One file for each format.
+
+A file's format is found from its keys. What a format does not hold (alpha, say) is asked for, never guessed.
+"""
+
+from pathlib import Path
+
+from lorakit.adapter import Adapter
+from lorakit.errors import LorakitError
+from lorakit.formats.content import Content, read_content
+from lorakit.formats.form import Format, Known, Written
+from lorakit.formats.names import Names, of_part
+from lorakit.formats.peft import LORAKIT, PEFT
+from lorakit.patterns import some
+
+FORMATS: dict[str, Format] = {each.name: each for each in (LORAKIT, PEFT)}
+"""Every format by its name."""
+
+
+def format_of(content: Content) -> Format:
+    """The format of a file, by its keys.
+
+    Raises:
+        LorakitError: it is none that is known here.
+    """
+    found = [each for each in FORMATS.values() if each.recognises(content)]
+    if len(found) == 1:
+        return found[0]
+    keys = some(list(content.tensors))
+    if found:
+        raise LorakitError(f"{content.file} looks like {' and '.join(each.name for each in found)}: say format=...")
+    raise LorakitError(f"{content.file} is of no adapter format that is known here; its keys are {keys}")
+
+
+def form_named(name: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        LorakitError: there is none.
+    """
+    if name not in FORMATS:
+        raise LorakitError(f"format={name!r} is not known; it is one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def content_of(path: Path, format: str | None, known: Known) -> tuple[Content, Format]:
+    """What lies in a file or directory, and its format.
+
+    Raises:
+        LorakitError: it is damaged, of no format that is known here, or something was given that it holds itself.
+    """
+    content = read_content(path)
+    form = format_of(content) if format is None else form_named(format)
+    needless = [name for name, value in vars(known).items() if value is not None and name not in form.takes]
+    if needless:
+        raise LorakitError(f"{content.path} is of {form.name}, which needs no {', '.join(needless)}: leave it away")
+    return content, form
+
+
+def read_adapter(path: Path, format: str | None, known: Known) -> Adapter:
+    """The adapter in a file or directory, with the names that it has there.
+
+    Raises:
+        LorakitError: it is damaged, or of no format that is known here.
+    """
+    content, form = content_of(path, format, known)
+    return form.read(content, known)
+
+
+def resolved(adapter: Adapter, names: Names, known: Known) -> Adapter:
+    """The adapter with the names that a model's layers have.
+
+    Raises:
+        LorakitError: names that fit no layer, or several: all of them in one error.
+    """
+    if adapter.naming == "":
+        return adapter
+    if adapter.naming == "parts":
+        return of_part(adapter, names, known.part)
+    return FORMATS[adapter.format].resolve[adapter.naming](adapter, names, known)
+
+
+__all__ = [
+    "FORMATS",
+    "Content",
+    "Format",
+    "Known",
+    "Names",
+    "Written",
+    "content_of",
+    "form_named",
+    "format_of",
+    "read_adapter",
+    "read_content",
+    "resolved",
+]

@@ -1,0 +1,143 @@
+"""What lies in a file, before anyone asks what it means: tensors, metadata, and the config beside it."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import LorakitError
+from lorakit.storage import read_json_object, read_tensors
+
+Container = Literal["safetensors", "torch", "npz", "gguf"]
+
+NAMES = (
+    *("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors"),
+    *("adapter_model.bin", "adapters.npz", "lit_model.pth.lora", "pytorch_lora_weights.bin"),
+)
+"""What the file with the tensors is called in a directory."""
+CONFIGS = ("adapter_config.json", "hyperparameters.yaml")
+"""What lies beside it and says what they mean."""
+
+
+class Content(NamedTuple):
+    """A file's content."""
+
+    path: Path
+    """What was asked for: the file, or the directory it lies in."""
+    file: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None
+    """The config beside it, if there is one that belongs to it."""
+    container: Container
+
+
+def read_content(path: Path) -> Content:
+    """All that a file holds, or the one file with tensors in a directory.
+
+    Raises:
+        LorakitError: there is none, or it is damaged.
+    """
+    file = _file(path)
+    container = _container(file)
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = {}
+    if container == "safetensors":
+        tensors, metadata = read_tensors(file)
+    elif container == "torch":
+        tensors = read_pickled(file)
+    elif container == "npz":
+        raise LorakitError(f"{file}: npz is not read yet")
+    else:
+        raise LorakitError(f"{file}: gguf is not read yet")
+    return Content(path, file, tensors, metadata, _config(file), container)
+
+
+def _file(path: Path) -> Path:
+    if not path.exists():
+        raise LorakitError(f"{path} does not exist; check the path")
+    if not path.is_dir():
+        return path
+    found = [path / name for name in NAMES if (path / name).is_file()]
+    if not found:
+        raise LorakitError(f"{path} holds none of {', '.join(NAMES)}; name the file itself")
+    if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
+        raise LorakitError(f"{path} holds {' and '.join(file.name for file in found)}: name the one that is meant")
+    return found[0]
+
+
+def _container(file: Path) -> Container:
+    try:
+        with file.open("rb") as opened:
+            start, size = opened.read(9), os.fstat(opened.fileno()).st_size
+    except OSError as error:
+        raise LorakitError(f"cannot read {file}: {error.strerror or error}") from None
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return "safetensors"  # the size of the header, which is JSON
+    if start[:4] == b"GGUF":
+        return "gguf"
+    if start[:2] == b"PK":
+        return "npz" if _members_are_arrays(file) else "torch"
+    if start[:1] == b"\x80" or file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".lora"):
+        return "torch"
+    return "safetensors"  # it is not, and its reader says why
+
+
+def _members_are_arrays(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise LorakitError(f"{file} is a damaged zip archive: {error}; save or fetch it again") from None
+
+
+def read_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote; nothing in it is ever executed.
+
+    Raises:
+        LorakitError: it is damaged, or holds anything but tensors by name.
+    """
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
+        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LorakitError(f"{file} cannot be read without running code in it, or is damaged: {what}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
+        raise LorakitError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+    return {key: value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _config(file: Path) -> Mapping[str, Any] | None:
+    for name in CONFIGS:
+        config = file.with_name(name)
+        if not config.is_file() or (file.name not in NAMES and not name.endswith(".yaml")):
+            continue
+        return read_yaml(config) if name.endswith(".yaml") else read_json_object(config)
+    return None
+
+
+def read_yaml(file: Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        LorakitError: it is damaged, or PyYAML is not installed.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise LorakitError(f"reading {file} needs PyYAML: pip install 'lorakit[formats]'") from None
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise LorakitError(f"{file} holds no valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, Mapping):
+        raise LorakitError(f"{file} must hold a mapping, not {type(loaded).__name__}")
+    return loaded
