@@ -14,7 +14,7 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables", "untouched", "safe"},
+    {"errors", "tables", "untouched", "untrusted", "safe"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},
@@ -26,7 +26,7 @@ ORDER = [
     {"plan", "peft_config", "switch"},
     {"native"},
     {"evidence", "resident", "loading", "padding", "probe", "sums", "flat", "formats"},
-    {"attach", "merge", "files", "budget", "combine", "exchange"},
+    {"attach", "merge", "files", "budget", "combine", "exchange", "inspection", "comparison"},
     {"digits"},
     {"cli"},
     {"__main__"},
