@@ -14,7 +14,8 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables", "untouched", "untrusted", "safe"},
+    {"errors", "tables", "untouched", "safe"},
+    {"untrusted", "peft_checks"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},

@@ -1,16 +1,15 @@
 """What lies in a file, before anyone asks what it means: tensors, metadata, and the config beside it."""
 
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.formats.pickled import read_pickled
 from lorakit.storage import read_json_object, read_tensors
 
 Container = Literal["safetensors", "torch", "npz", "gguf"]
@@ -94,25 +93,6 @@ def _members_are_arrays(file: Path) -> bool:
             return all(name.endswith(".npy") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise LorakitError(f"{file} is a damaged zip archive: {error}; save or fetch it again") from None
-
-
-def read_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote; nothing in it is ever executed.
-
-    Raises:
-        LorakitError: it is damaged, or holds anything but tensors by name.
-    """
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
-        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LorakitError(f"{file} cannot be read without running code in it, or is damaged: {what}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
-        raise LorakitError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
-    return {key: value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _config(file: Path) -> Mapping[str, Any] | None:
