@@ -99,4 +99,5 @@ def _compared(name: str, mine: AdapterWeight, other: AdapterWeight) -> ComparedW
 
 def _norm(pair: Pair) -> Tensor:
     """‖B·A‖, from the singular values: a sum that cancels is then small beside its terms, and right."""
-    return singular_values(*pair).norm()
+    values: Tensor = singular_values(*pair).norm()
+    return values
