@@ -13,7 +13,7 @@ from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
 from lorakit.layers import TransposedLinear
 from lorakit.state import layers_of
-from lorakit.variants import VARIANTS, Full, Rows, Variant, VeRA
+from lorakit.variants import VARIANTS, Full, LoKr, Rows, Variant, VeRA
 
 # Fields of PEFT's configs that do not change what the tensors mean: where they came from, and where they were put,
 # which their keys say. Any other field that is set, and that the variant does not account for, is not understood.
@@ -123,6 +123,8 @@ def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
                 reasons.append(f"rows of {entry.name} are trained apart from the weights tied to it")
         elif entry.parameter != "weight" or entry.slices:
             reasons.append(f"{entry.name} is no layer's whole weight")
+        elif isinstance(variant, LoKr) and not _same_split(variant, header.variant):
+            reasons.append(f"{entry.name} is split as PEFT has no words for: factor={variant.factor}")
         elif kind == "ADALORA" and variant != header.variant:
             reasons.append(f"{entry.name} has a rank or an alpha of its own")
     if isinstance(header.variant, VeRA):
@@ -130,6 +132,13 @@ def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
         if not shapes or header.variant != replace(header.variant, sizes=None).fit(shapes):
             reasons.append(f"the shared matrices have sizes={header.variant.sizes}, not those of the largest weights")
     return reasons
+
+
+def _same_split(variant: LoKr, common: Variant) -> bool:
+    """Whether PEFT splits the weight so: by one factor, the same everywhere."""
+    if isinstance(variant.factor, tuple) or not isinstance(common, LoKr):
+        return False
+    return (variant.factor, variant.decompose_both) == (common.factor, common.decompose_both)
 
 
 def _tied_alike(

@@ -97,7 +97,7 @@ def _members_are_arrays(file: Path) -> bool:
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote; nothing in it is ever executed.
+    """The tensors of a file that `torch.save` wrote, of a list as "[0]", "[1]", …; nothing in it is ever executed.
 
     Raises:
         LorakitError: it is damaged, or holds anything but tensors by name.
@@ -110,6 +110,8 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
+    if isinstance(loaded, list) and loaded and all(isinstance(value, Tensor) for value in loaded):
+        loaded = {f"[{i}]": value for i, value in enumerate(loaded)}
     if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
         raise LorakitError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
     return {key: value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
