@@ -123,10 +123,13 @@ def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
                 reasons.append(f"rows of {entry.name} are trained apart from the weights tied to it")
         elif entry.parameter != "weight" or entry.slices:
             reasons.append(f"{entry.name} is no layer's whole weight")
-        elif isinstance(variant, LoKr) and not _same_split(variant, header.variant):
-            reasons.append(f"{entry.name} is split as PEFT has no words for: factor={variant.factor}")
         elif kind == "ADALORA" and variant != header.variant:
             reasons.append(f"{entry.name} has a rank or an alpha of its own")
+    reasons += [
+        f"{name} is split as PEFT has no words for: factor={variant.factor}"
+        for name, variant in variants.items()
+        if isinstance(variant, LoKr) and not _same_split(variant, header.variant)
+    ]
     if isinstance(header.variant, VeRA):
         shapes = [entry.shape for entry in header.weights if entry.path in adapted and entry.shape is not None]
         if not shapes or header.variant != replace(header.variant, sizes=None).fit(shapes):

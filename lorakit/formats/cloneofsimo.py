@@ -191,4 +191,6 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
-CLONEOFSIMO = Format("cloneofsimo", "cloneofsimo's lora", is_cloneofsimo, read, resolve={"cloneofsimo": resolve})
+CLONEOFSIMO = Format(
+    "cloneofsimo", "cloneofsimo's lora", is_cloneofsimo, read, takes=("part",), resolve={"cloneofsimo": resolve}
+)

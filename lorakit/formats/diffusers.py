@@ -213,7 +213,7 @@ def _write(adapter: Adapter, known: Known, family: Family) -> Written:
             assert kept is not None
             parts["alpha"] = alpha_tensor(alpha, _dtype(facts.get("alpha"), kept))
         for end, tensor in parts.items():
-            tensors[f"{path}.{_old(end, prefix) if family == 'diffusers-old' else end}"] = tensor
+            tensors[f"{path}.{_old(end, path) if family == 'diffusers-old' else end}"] = tensor
     no_place(family, problems)
     metadata = _config_metadata(adapter, prefix) if apart == "config" else {}
     return Written(safetensors_of(adapter.name, tensors, metadata), dropped(adapter))
@@ -233,9 +233,9 @@ def _dtype(name: str | None, otherwise: Any) -> Any:
     return kept if isinstance(kept, torch.dtype) else otherwise
 
 
-def _old(end: str, prefix: str) -> str:
+def _old(end: str, path: str) -> str:
     """The end of a key as it was before: apart for text encoders."""
-    word = "lora_linear_layer" if prefix.startswith("text_encoder") else "lora"
+    word = "lora_linear_layer" if path.startswith("text_encoder") else "lora"
     return {"lora_A.weight": f"{word}.down.weight", "lora_B.weight": f"{word}.up.weight"}[end]
 
 
@@ -281,7 +281,7 @@ def _form(family: Family, title: str) -> Format:
     def write(adapter: Adapter, known: Known) -> Written:
         return _write(adapter, known, family)
 
-    return Format(family, title, _recognises(family), read, write, resolve={"diffusers": resolve})
+    return Format(family, title, _recognises(family), read, write, takes=("part",), resolve={"diffusers": resolve})
 
 
 DIFFUSERS = _form("diffusers", "diffusers")

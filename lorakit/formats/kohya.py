@@ -165,4 +165,6 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     return {**{key: str(value) for key, value in known.items()}, "ss_network_module": "networks.lora"}
 
 
-KOHYA = Format("kohya", "sd-scripts, LyCORIS and OneTrainer", is_kohya, read, write, resolve={"kohya": resolve})
+KOHYA = Format(
+    "kohya", "sd-scripts, LyCORIS and OneTrainer", is_kohya, read, write, takes=("part",), resolve={"kohya": resolve}
+)

@@ -43,4 +43,4 @@ def read(content: Content, known: Known) -> Adapter:
     return adapter_of(content, weights_of(groups, problems), problems, format="xlabs", naming="parts")
 
 
-XLABS = Format("xlabs", "XLabs' Flux", is_xlabs, read)
+XLABS = Format("xlabs", "XLabs' Flux", is_xlabs, read, takes=("part",))
