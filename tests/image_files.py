@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.conv_in = nn.Conv2d(4, 6, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, 4, h, w) → (n, 6, h, w)"""
+        """(n, 4, h, w) → (n, 6, h, w)."""
         x = self.conv_in(x).movedim(1, -1)
         return (x + self.to_out[0](torch.tanh(self.to_q(x)))).movedim(-1, 1)
 
@@ -37,7 +37,7 @@ class Net(nn.Module):
         self.up_blocks = nn.ModuleList([Block()])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, 4, h, w) → (n, 6, h, w)"""
+        """(n, 4, h, w) → (n, 6, h, w)."""
         return self.up_blocks[0](self.mid(self.down_blocks[0](x)))
 
 
