@@ -212,12 +212,24 @@ def test_names_of_the_original_unet():
     names = Names.of_model(model)
     flat = {flatten(name) for name in names.layers}
     original = [
-        *("input_blocks_4_1_transformer_blocks_0_attn1_to_q", "input_blocks_8_1_proj_in", "input_blocks_1_0_in_layers_2"),
-        *("middle_block_1_transformer_blocks_2_attn2_to_k", "middle_block_0_out_layers_3", "middle_block_2_emb_layers_1"),
-        *("output_blocks_0_1_transformer_blocks_1_ff_net_0_proj", "output_blocks_5_1_proj_out"),
-        *("output_blocks_3_0_skip_connection", "output_blocks_8_0_in_layers_2", "output_blocks_2_1_transformer_blocks_0_attn1_to_v"),
-        *("input_blocks_3_0_op", "output_blocks_2_2_conv", "time_embed_0", "label_emb_0_2", "input_blocks_0_0", "out_2"),
-    ]  # fmt: skip
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "input_blocks_8_1_proj_in",
+        "input_blocks_1_0_in_layers_2",
+        "middle_block_1_transformer_blocks_2_attn2_to_k",
+        "middle_block_0_out_layers_3",
+        "middle_block_2_emb_layers_1",
+        "output_blocks_0_1_transformer_blocks_1_ff_net_0_proj",
+        "output_blocks_5_1_proj_out",
+        "output_blocks_3_0_skip_connection",
+        "output_blocks_8_0_in_layers_2",
+        "output_blocks_2_1_transformer_blocks_0_attn1_to_v",
+        "input_blocks_3_0_op",
+        "output_blocks_2_2_conv",
+        "time_embed_0",
+        "label_emb_0_2",
+        "input_blocks_0_0",
+        "out_2",
+    ]
     mapped = {name: as_diffusers(name, flat) for name in original}
     assert None not in mapped.values() and len(set(mapped.values())) == len(original)
     attention = [name for name in original if "transformer_blocks" in name]

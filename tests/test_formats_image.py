@@ -1,6 +1,7 @@
 """Adapters of image models: what kohya's files mean, found again under a model's names, and written as they were."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -59,18 +60,44 @@ def test_it_is_written_as_it_was(net, tmp_path, method, dtype):
     assert_bits(content(tmp_path / "back.safetensors"), content(path))
 
 
-@pytest.mark.parametrize(
-    "method", [lk.LoRA(rank=3, alpha=5, scaling="rslora"), lk.DoRA(rank=2), lk.LoRA(2, init="pissa")]
-)
-def test_what_was_trained_here_means_the_same_there(net, tmp_path, method):
+TRAINED = [
+    lk.LoRA(rank=3, alpha=5, scaling="rslora"),
+    lk.LoRA(2, init="pissa"),
+    lk.LoRAFA(2, alpha=3),
+    lk.DoRA(rank=2),
+    lk.LoHa(2, alpha=3),
+    lk.LoKr(8, alpha=3),
+    lk.LoKr(1, alpha=3),
+    lk.LoKr(1, alpha=3, factor=(2, 1)),
+    lk.AdaLoRA(rank=2, alpha=3),
+]
+
+
+@pytest.mark.parametrize("variant", TRAINED, ids=repr)
+@pytest.mark.parametrize("form", ["kohya", "comfyui"])
+def test_what_was_trained_here_means_the_same_there(net, tmp_path, variant, form):
     plain = copy.deepcopy(net)
-    lk.attach(net, method, targets=list(weights_of(net)))
+    lk.attach(net, variant, targets=list(weights_of(net)))
     with torch.no_grad():
         for parameter in lk.adapter_parameters(net):
             parameter.add_(rand(*parameter.shape))
-    write(adapter_value(net), tmp_path / "a.safetensors", "kohya", part="unet")
+    assert (net(INPUT) - plain(INPUT)).abs().max() > 0.01
+    write(adapter_value(net), tmp_path / "a.safetensors", form, part="unet")
     lk.load(plain, tmp_path / "a.safetensors")
-    assert_close(plain(INPUT), net(INPUT))
+    assert_close(plain(INPUT), net(INPUT), factor=5)
+
+
+def test_a_split_for_each_side_of_its_own(net, tmp_path):
+    with refused(net, "does not divide"):
+        lk.attach(net, lk.LoKr(1, factor=(3, 1)), targets=["down_blocks.0.to_q"])
+    with pytest.raises(lk.LorakitError, match="factor"):
+        lk.LoKr(1, factor=(3, 1, 2))
+    with pytest.raises(lk.LorakitError, match="factor"):
+        lk.LoKr(1, factor=(0, 1))
+    lk.attach(net, lk.LoKr(1, factor=(2, 1)), targets=["down_blocks.0.to_q"])
+    lk.save(net, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORAKIT" and "factor=(2, 1)" in config["reasons"][0]
 
 
 def test_without_alpha_one_is_written(net, tmp_path):
