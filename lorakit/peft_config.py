@@ -14,7 +14,7 @@ from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
 from lorakit.layers import TransposedLinear
 from lorakit.peft_checks import check_config
 from lorakit.state import layers_of
-from lorakit.variants import VARIANTS, Full, Rows, Variant, VeRA
+from lorakit.variants import VARIANTS, Full, LoKr, Rows, Variant, VeRA
 
 # Fields of PEFT's configs that do not change what the tensors mean: where they came from, and where they were put,
 # which their keys say. Any other field that is set, and that the variant does not account for, is not understood.
@@ -126,11 +126,23 @@ def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
             reasons.append(f"{entry.name} is no layer's whole weight")
         elif kind == "ADALORA" and variant != header.variant:
             reasons.append(f"{entry.name} has a rank or an alpha of its own")
+    reasons += [
+        f"{name} is split as PEFT has no words for: factor={variant.factor}"
+        for name, variant in variants.items()
+        if isinstance(variant, LoKr) and not _same_split(variant, header.variant)
+    ]
     if isinstance(header.variant, VeRA):
         shapes = [entry.shape for entry in header.weights if entry.path in adapted and entry.shape is not None]
         if not shapes or header.variant != replace(header.variant, sizes=None).fit(shapes):
             reasons.append(f"the shared matrices have sizes={header.variant.sizes}, not those of the largest weights")
     return reasons
+
+
+def _same_split(variant: LoKr, common: Variant) -> bool:
+    """Whether PEFT splits the weight so: by one factor, the same everywhere."""
+    if isinstance(variant.factor, tuple) or not isinstance(common, LoKr):
+        return False
+    return (variant.factor, variant.decompose_both) == (common.factor, common.decompose_both)
 
 
 def _tied_alike(

@@ -7,13 +7,18 @@ from pathlib import Path
 
 from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
+from lorakit.formats.cloneofsimo import CLONEOFSIMO
 from lorakit.formats.content import Content, read_content
+from lorakit.formats.diffusers import COMFYUI, DIFFUSERS, DIFFUSERS_OLD
 from lorakit.formats.form import Format, Known, Written
+from lorakit.formats.kohya import KOHYA
 from lorakit.formats.names import Names, of_part
 from lorakit.formats.peft import LORAKIT, PEFT
+from lorakit.formats.xlabs import XLABS
 from lorakit.patterns import some
 
-FORMATS: dict[str, Format] = {each.name: each for each in (LORAKIT, PEFT)}
+IMAGE = (KOHYA, DIFFUSERS, DIFFUSERS_OLD, COMFYUI, XLABS, CLONEOFSIMO)
+FORMATS: dict[str, Format] = {each.name: each for each in (LORAKIT, PEFT, *IMAGE)}
 """Every format by its name."""
 
 

@@ -23,14 +23,15 @@ class LoKr(Ranked):
     Args:
         rank: r of the factors that are decomposed; a factor no larger than that is kept whole.
         alpha: the numerator of the scale alpha/r, above 0; None means `rank`, a scale of 1.
-        factor: how each side is split, n = factor·(n/factor) if that is whole; −1 means as near to √n as can be.
+        factor: how each side is split, n = factor·(n/factor) if that is whole; −1 means as near to √n as can be; or
+            W₁'s own shape (d₁, k₁), which must divide that of the weight.
         decompose_both: whether the small factor W₁ is decomposed too.
 
     Raises:
         LorakitError: a value is out of range or of the wrong type.
     """
 
-    factor: int = -1
+    factor: int | tuple[int, int] = -1
     decompose_both: bool = False
 
     no_product: ClassVar[str] = "is a Kronecker product"
@@ -40,7 +41,12 @@ class LoKr(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factor != -1:
+        if isinstance(self.factor, list | tuple):
+            sides = tuple(checked_integer("factor", side, at_least=1, at_most=2**24) for side in self.factor)
+            if len(sides) != 2:
+                raise LorakitError(f"factor={self.factor!r} must be one integer, or the two of W₁'s shape")
+            object.__setattr__(self, "factor", sides)
+        elif self.factor != -1:
             object.__setattr__(self, "factor", checked_integer("factor", self.factor, at_least=1, at_most=2**24))
         if not isinstance(self.decompose_both, bool):
             raise LorakitError(f"decompose_both={self.decompose_both!r} must be True or False")
@@ -102,7 +108,11 @@ class KroneckerUpdate(DenseUpdate):
         rank, dtype = spec.rank, accumulation_dtype(weight.dtype)
         *stack, d, k = kind.matrix_shape(weight)
         kernel = tuple(kind.factor_shapes(weight, 1)[0][2:]) if not stack else ()
-        (d1, d2), (k1, k2) = split(d, spec.factor), split(k // math.prod(kernel), spec.factor)
+        k //= math.prod(kernel)
+        of_d, of_k = spec.factor if isinstance(spec.factor, tuple) else (spec.factor, spec.factor)
+        if isinstance(spec.factor, tuple) and (d % of_d or k % of_k):
+            raise LorakitError(f"W₁ of shape {spec.factor} does not divide a weight of {d}×{k}; use another factor")
+        (d1, d2), (k1, k2) = split(d, of_d), split(k, of_k)
         shapes: dict[str, tuple[int, ...]] = {"w1": (d1, k1)}
         if spec.decompose_both and rank < max(d1, k1) / 2:
             shapes = {"w1_a": (d1, rank), "w1_b": (rank, k1)}
