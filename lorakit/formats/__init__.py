@@ -9,11 +9,17 @@ from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content, read_content
 from lorakit.formats.form import Format, Known, Written
+from lorakit.formats.gguf import GGUF
+from lorakit.formats.litgpt_write import LITGPT
+from lorakit.formats.loralib import LORALIB
+from lorakit.formats.mlx import MLX
 from lorakit.formats.names import Names, of_part
 from lorakit.formats.peft import LORAKIT, PEFT
+from lorakit.formats.rope import with_heads
+from lorakit.formats.torchtune import TORCHTUNE
 from lorakit.patterns import some
 
-FORMATS: dict[str, Format] = {each.name: each for each in (LORAKIT, PEFT)}
+FORMATS: dict[str, Format] = {each.name: each for each in (LORAKIT, PEFT, LORALIB, MLX, LITGPT, TORCHTUNE, GGUF)}
 """Every format by its name."""
 
 
@@ -73,11 +79,12 @@ def resolved(adapter: Adapter, names: Names, known: Known) -> Adapter:
     Raises:
         LorakitError: names that fit no layer, or several: all of them in one error.
     """
-    if adapter.naming == "":
-        return adapter
     if adapter.naming == "parts":
         return of_part(adapter, names, known.part)
-    return FORMATS[adapter.format].resolve[adapter.naming](adapter, names, known)
+    how = FORMATS[adapter.format].resolve if adapter.format in FORMATS else {}
+    if adapter.naming == "":  # names are a model's already; some formats leave to it what they do not say
+        return how[""](adapter, names, known) if "" in how else adapter
+    return how[adapter.naming](adapter, names, known)
 
 
 __all__ = [
@@ -93,4 +100,5 @@ __all__ = [
     "read_adapter",
     "read_content",
     "resolved",
+    "with_heads",
 ]
