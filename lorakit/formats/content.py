@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.formats.archive import read_npz
+from lorakit.formats.gguf_file import read_gguf
 from lorakit.formats.pickled import read_pickled
 from lorakit.storage import read_json_object, read_tensors
 
@@ -17,6 +19,7 @@ Container = Literal["safetensors", "torch", "npz", "gguf"]
 NAMES = (
     *("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors"),
     *("adapter_model.bin", "adapters.npz", "lit_model.pth.lora", "pytorch_lora_weights.bin"),
+    "adapter_model.pt",
 )
 """What the file with the tensors is called in a directory."""
 CONFIGS = ("adapter_config.json", "hyperparameters.yaml")
@@ -51,9 +54,9 @@ def read_content(path: Path) -> Content:
     elif container == "torch":
         tensors = read_pickled(file)
     elif container == "npz":
-        raise LorakitError(f"{file}: npz is not read yet")
+        tensors = read_npz(file)
     else:
-        raise LorakitError(f"{file}: gguf is not read yet")
+        tensors, metadata = read_gguf(file)
     return Content(path, file, tensors, metadata, _config(file), container)
 
 
@@ -62,7 +65,7 @@ def _file(path: Path) -> Path:
         raise LorakitError(f"{path} does not exist; check the path")
     if not path.is_dir():
         return path
-    found = [path / name for name in NAMES if (path / name).is_file()]
+    found = [path / name for name in NAMES if (path / name).is_file()] or sorted(path.glob("*.gguf"))
     if not found:
         raise LorakitError(f"{path} holds none of {', '.join(NAMES)}; name the file itself")
     if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
