@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.header import Header
 from lorakit.peft_config import peft_config
+from lorakit.peft_layout import to_peft
 from lorakit.storage import all_finite, write_directory, write_whole
 
 TENSORS = "adapter_model.safetensors"
@@ -29,7 +30,8 @@ def native_files(header: Header, tensors: Mapping[str, Tensor], model: nn.Module
     bad = [key for key, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
         raise LorakitError(f"adapter {header.name!r} is not saved: NaN or infinity in {', '.join(bad)}")
-    content: bytes = to_safetensors(tensors, metadata={"format": "pt", "lorakit": header.to_json()})
+    laid_out = to_peft(header, tensors)
+    content: bytes = to_safetensors(laid_out, metadata={"format": "pt", "lorakit": header.to_json()})
     config = json.dumps(peft_config(header, tensors, model), indent=2).encode()
     return {TENSORS: content, CONFIG: config}
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
-from lorakit.layers import TransposedLinear
+from lorakit.layers import Parameter, TransposedLinear
+from lorakit.patterns import some
+from lorakit.peft_layout import Placed, inner_biases, placed
 from lorakit.state import layers_of
 from lorakit.variants import VARIANTS, Full, Rows, Variant, VeRA
 
@@ -26,6 +28,7 @@ _UNDERSTOOD = {
     # AdaLoRA's schedule: it is past
     *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     *("lora_alpha", "lora_dropout", "use_rslora", "r"),
+    *("target_parameters", "lora_bias"),  # what their tensors mean is told by their keys, and by a live model
 }
 _KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
 _PATTERNS = {"rank_pattern": ("r", "rank"), "alpha_pattern": ("lora_alpha", "alpha")}
@@ -47,13 +50,15 @@ def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
     mine = header.variant.peft_fields()
     patterns: dict[str, dict[str, Any]] = {name: {} for name in _PATTERNS}
     adapted = [entry for entry in header.weights if not isinstance(header.variant_of(entry), Full | Rows)]
+    places = placed(header)
     for entry in adapted:
         theirs = header.variant_of(entry).peft_fields()
+        name = entry.name if entry.name in places else entry.path
         for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha")):
             if theirs.get(key) != mine.get(key):
                 # PEFT matches the ends of names: without ^, "conv1" would be "layer1.0.conv1" too.
-                patterns[pattern]["^" + re.escape(entry.path)] = theirs[key]
-    targets = [entry.path if entry.parameter == "weight" else entry.name for entry in adapted]
+                patterns[pattern]["^" + re.escape(name)] = theirs[key]
+    targets = [entry.path for entry in adapted if entry.name not in places]
     config = {
         "task_type": None,
         "auto_mapping": None,
@@ -73,14 +78,18 @@ def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
         config |= patterns
     if "lora_alpha" in mine:
         rows = {entry.path: header.variant_of(entry) for entry in header.weights}
+        facts = header.facts.get("peft", {})
+        bias = facts.get("bias") or ("lora_only" if inner_biases(header) else "none")
+        config |= {"target_parameters": list(places)} if places else {}
         config |= {
             "modules_to_save": header.facts.get("whole_modules") or None,
             "trainable_token_indices": {
                 path: list(variant.rows) for path, variant in rows.items() if isinstance(variant, Rows)
             }
             or None,
-            "bias": "none",
-            "fan_in_fan_out": any(entry.kind == TransposedLinear.__name__ for entry in adapted),
+            "bias": bias,
+            "fan_in_fan_out": any(entry.kind == TransposedLinear.__name__ for entry in adapted)
+            or bool(facts.get("fan_in_fan_out")),
             "init_lora_weights": True,
         }
     return config
@@ -99,9 +108,9 @@ def facts_of(header: Header, model: nn.Module) -> dict[str, Any]:
 
 def _facts_in(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same of a config that PEFT wrote."""
-    kept = ("task_type", "auto_mapping", "base_model_name_or_path", "revision")
+    kept = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "bias", "fan_in_fan_out")
     return {
-        "peft": {key: config[key] for key in kept if config.get(key) is not None},
+        "peft": {key: config[key] for key in kept if config.get(key) not in (None, False, "none")},
         "whole_modules": list(config.get("modules_to_save") or []),
     }
 
@@ -112,16 +121,19 @@ def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
     adapted = {entry.path for entry in header.weights if not isinstance(variants[entry.name], Full | Rows)}
     kind = header.variant.peft_fields()["peft_type"]
     reasons = [] if adapted else ["no layer has low-rank factors"]
+    places, biases = placed(header), inner_biases(header)
     for entry in header.weights:
         variant = variants[entry.name]
         if isinstance(variant, Full):
-            if entry.path in adapted:
+            if entry.path in adapted and f"{PREFIX}{entry.name}" not in biases:
                 reasons.append(f"{entry.name} is trained as a whole on a layer that has factors")
         elif isinstance(variant, Rows):
             reasons += [f"rows of {entry.name} are trained beside {kind}"] * (kind != "LORA")
             if model is not None and not _tied_alike(entry, variants, model, tensors):
                 reasons.append(f"rows of {entry.name} are trained apart from the weights tied to it")
-        elif entry.parameter != "weight" or entry.slices:
+        elif entry.name in places:
+            reasons += _beyond_parameters(entry, header, places, model)
+        elif entry.parameter != "weight" or entry.slices or entry.kind == Parameter.__name__:
             reasons.append(f"{entry.name} is no layer's whole weight")
         elif kind == "ADALORA" and variant != header.variant:
             reasons.append(f"{entry.name} has a rank or an alpha of its own")
@@ -129,6 +141,26 @@ def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
         shapes = [entry.shape for entry in header.weights if entry.path in adapted and entry.shape is not None]
         if not shapes or header.variant != replace(header.variant, sizes=None).fit(shapes):
             reasons.append(f"the shared matrices have sizes={header.variant.sizes}, not those of the largest weights")
+    return reasons
+
+
+def _beyond_parameters(
+    entry: WeightEntry, header: Header, places: Mapping[str, Placed], model: nn.Module | None
+) -> list[str]:
+    """Why PEFT could not have the factors of a parameter."""
+    reasons, variant = [], header.variant_of(entry)
+    if getattr(variant, "dropout", 0):
+        reasons.append(f"{entry.name} has dropout={variant.peft_fields()['lora_dropout']}, which acts on no parameter")
+    if places[entry.name].transposed and places[entry.name].count == 1:
+        reasons.append(f"{entry.name} is a stack of one transposed matrix, which PEFT turns round")
+    if any(other.kind == TransposedLinear.__name__ for other in header.weights):
+        reasons.append(f"{entry.name} is adapted beside a Conv1D of transformers, which PEFT cannot have together")
+    below = [other.name for other in header.weights if other.path.startswith(f"{entry.path}.")]
+    if below:
+        reasons.append(f"{some(below)} lie in {entry.path}, which PEFT wraps for {entry.name}")
+    ends = [] if model is None else _others_of_that_end([entry.name], [name for name, _ in model.named_parameters()])
+    if ends:
+        reasons.append(f"PEFT would take {some(ends)} for {entry.name}")
     return reasons
 
 
@@ -180,7 +212,8 @@ def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
     """Which fields of a config contradict the header it lies beside."""
     if config.get("peft_type") == _OURS_ALONE:
         return []
-    known = {"bias": "none", **header.variant.peft_fields()}
+    bias = header.facts.get("peft", {}).get("bias") or ("lora_only" if inner_biases(header) else "none")
+    known = {"bias": bias, **header.variant.peft_fields()}
     return [key for key, value in known.items() if config.get(key, value) != value] + [
         key for key, value in config.items() if value and key not in _UNDERSTOOD and key not in known
     ]

@@ -15,6 +15,7 @@ from lorakit.formats.form import Format, Known, Written
 from lorakit.header import PREFIX, Header, parse_header
 from lorakit.native import native_files
 from lorakit.peft_config import header_from_peft, peft_disagreements
+from lorakit.peft_layout import from_peft
 from lorakit.variants import LoRA
 
 _CONFIG = "adapter_config.json"
@@ -22,12 +23,14 @@ _CONFIG = "adapter_config.json"
 
 def read_native(content: Content, known: Known) -> Adapter:
     """What lorakit wrote."""
-    return Adapter.of(native_header(content), content.tensors, str(content.path))
+    header, tensors = native_parts(content, known)
+    return Adapter.of(header, tensors, str(content.path))
 
 
 def native_parts(content: Content, known: Known) -> tuple[Header, dict[str, Tensor]]:
     """The header and the tensors of what lorakit wrote."""
-    return native_header(content), dict(content.tensors)
+    header = native_header(content)
+    return header, from_peft(header, content.tensors, str(content.path))
 
 
 def native_header(content: Content) -> Header:
