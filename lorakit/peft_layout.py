@@ -1,8 +1,8 @@
 """Where PEFT has what does not go by a layer's name: factors of parameters, and biases of layers that have factors.
 
-A parameter of a module, two axes (d, k) or a stack (E, d, k), is what PEFT calls a target parameter. It wraps the module
-once for each, in the order in which the module declares them: the first lies deepest, at `<module>.base_layer.lora_A`,
-the last at `<module>.lora_A`. The factors of a stack are two matrices there:
+A parameter of a module, two axes (d, k) or a stack (E, d, k), is what PEFT calls a target parameter. It wraps the
+module once for each, in the order in which the module declares them: the first lies deepest, at
+`<module>.base_layer.lora_A`, the last at `<module>.lora_A`. The factors of a stack are two matrices there:
 
     A (E·r, k) with an expert's rows together, B (d, r·E) with a rank's columns together
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lorakit.errors import LorakitError
 from lorakit.header import PREFIX, Header, WeightEntry, file_key
 from lorakit.layers import Parameter
-from lorakit.variants import Full, Rows
+from lorakit.variants import Full, Rows, Variant
 
 A_KEY, B_KEY = "lora_A.weight", "lora_B.weight"
 WRAPPED = ".base_layer"
@@ -29,7 +29,7 @@ class Placed(NamedTuple):
 
     place: str
     """The module that PEFT has its factors in."""
-    count: int | None
+    experts: int | None
     """E of a stack; None of a matrix."""
     transposed: bool
 
@@ -39,16 +39,9 @@ def placed(header: Header) -> dict[str, Placed]:
     groups: dict[str, list[WeightEntry]] = {}
     taken = set()
     for entry in header.weights:
-        fields, shape = header.variant_of(entry).peft_fields(), entry.shape or ()
-        if entry.kind == Parameter.__name__ and entry.order is not None and len(shape) in (2, 3):
-            if (
-                fields["peft_type"] == "LORA"
-                and not fields.get("use_dora")
-                and "A" in header.variant_of(entry).file_names
-            ):
-                groups.setdefault(entry.path, []).append(entry)
-                continue
-        if entry.parameter == "weight":
+        if _has_place(entry, header.variant_of(entry)):
+            groups.setdefault(entry.path, []).append(entry)
+        elif entry.parameter == "weight":
             taken.add(entry.path)
     found = {}
     for path, group in groups.items():
@@ -58,6 +51,13 @@ def placed(header: Header) -> dict[str, Placed]:
             count = entry.shape[0] if entry.shape is not None and len(entry.shape) == 3 else None
             found[entry.name] = Placed(path + WRAPPED * depth, count, entry.transposed and count is not None)
     return found
+
+
+def _has_place(entry: WeightEntry, variant: Variant) -> bool:
+    fields = variant.peft_fields()
+    plain = fields["peft_type"] == "LORA" and not fields.get("use_dora") and "A" in variant.file_names
+    a_parameter = entry.kind == Parameter.__name__ and entry.order is not None and entry.shape is not None
+    return plain and a_parameter and len(entry.shape or ()) in (2, 3)
 
 
 def inner_biases(header: Header) -> dict[str, str]:
@@ -83,7 +83,7 @@ def inner_biases(header: Header) -> dict[str, str]:
 def to_peft(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under PEFT's keys and in its layout, from those that `file_key` names."""
     left = dict(tensors)
-    moved = {}
+    moved: dict[str, Tensor] = {}
     places = placed(header)
     for entry in header.weights:
         if entry.name not in places:
@@ -106,22 +106,21 @@ def from_peft(header: Header, tensors: Mapping[str, Tensor], where: str) -> dict
         LorakitError: factors of a stack whose shapes cannot be those of one; `where` names the file.
     """
     left = dict(tensors)
-    moved = {}
+    moved: dict[str, Tensor] = {}
     places = placed(header)
     for entry in header.weights:
         if entry.name not in places:
             continue
         place, count, transposed = places[entry.name]
-        keys = [f"{PREFIX}{place}.{key}" for key in (A_KEY, B_KEY)]
-        found = {key: left.pop(key) for key in keys if key in left}
-        if count is not None and len(found) == 2:
+        A, B = (left.pop(f"{PREFIX}{place}.{key}", None) for key in (A_KEY, B_KEY))
+        if count is not None and A is not None and B is not None:
             try:
-                found = dict(zip(keys, stacked(*found.values(), count, transposed), strict=True))
+                A, B = stacked(A, B, count, transposed)
             except LorakitError as error:
                 raise LorakitError(f"{where}: {entry.name!r}: {error}") from None
-        for key, ours in zip(keys, (A_KEY, B_KEY), strict=True):
-            if key in found:
-                moved[file_key(entry.path, entry.parameter, ours, False)] = found[key]
+        for key, factor in ((A_KEY, A), (B_KEY, B)):
+            if factor is not None:
+                moved[file_key(entry.path, entry.parameter, key, False)] = factor
     for ours, theirs in inner_biases(header).items():
         if theirs in left:
             moved[ours] = left.pop(theirs)
