@@ -85,7 +85,7 @@ class Experts(nn.Module):
 CASES = {
     "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),
     "rslora": (llama, {"target_modules": "all-linear", "use_rslora": True}),
-    "dora": (llama, {"target_modules": ["q_proj"], "use_dora": True}),
+    "dora": (llama, {"target_modules": ["v_proj", "down_proj"], "use_dora": True}),
     "patterns": (
         llama,
         {

@@ -25,7 +25,7 @@ ORDER = [
     {"targets"},
     {"plan", "peft_layout", "peft_fields", "switch"},
     {"peft_config"},
-    {"native"},
+    {"native", "portable"},
     {"evidence", "resident", "loading", "padding", "probe", "sums", "flat", "formats"},
     {"attach", "merge", "files", "budget", "combine", "exchange"},
     {"digits"},
