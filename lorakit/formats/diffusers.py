@@ -28,7 +28,8 @@ from lorakit.formats.image_writing import alpha_tensor, dropped, safetensors_of,
 from lorakit.formats.names import Names, of_part
 from lorakit.header import Header
 from lorakit.patterns import some
-from lorakit.peft_config import header_from_peft, peft_config
+from lorakit.peft_config import peft_config
+from lorakit.peft_fields import header_from_peft
 from lorakit.storage import parse_json_object
 from lorakit.variants import DoRA, Full, LoHa, LoKr, LoRA, Variant
 
