@@ -163,7 +163,7 @@ KEPT = (
 
 
 NO_WAY_BACK = ("embedding", "lora-bias", "tables-below")
-"""A copy of the base is not kept, an added bias becomes the bias itself, and layers below a wrapped module are refused."""
+"""A copy of the base is not kept, an added bias becomes the bias, and layers in a wrapped module are refused."""
 
 
 @pytest.mark.parametrize("case", [case for case in THEIRS if not case.startswith(NO_WAY_BACK)])
