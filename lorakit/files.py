@@ -19,6 +19,7 @@ from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
 from lorakit.header import Header, WeightEntry, file_key
+from lorakit.layers import parts_of
 from lorakit.loading import build_additions
 from lorakit.native import native_files, write_files
 from lorakit.padding import pad
@@ -65,7 +66,7 @@ def adapter_value(model: nn.Module, name: str | None = None) -> Adapter:
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
     mine = check_complete(root, state, name)
-    header = Header(name, state.variants[name], _entries(mine, state, name))
+    header = Header(name, state.variants[name], _entries(root, mine, state, name))
     header = replace(header, facts=facts_of(header, root))
     return Adapter.of(header, _tensors(mine, state, name), f"adapter {name!r}")
 
@@ -86,18 +87,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
     mine = check_complete(root, state, name)
-    header = Header(name, state.variants[name], _entries(mine, state, name, full=True))
+    header = Header(name, state.variants[name], _entries(root, mine, state, name, full=True))
     header = replace(header, facts=facts_of(header, root))
     tensors = {key: whole(tensor) for key, tensor in _tensors(mine, state, name).items()}
     write_files(native_files(header, tensors, root), path)
 
 
-def _entries(mine: list[Site], state: State, name: str, full: bool = False) -> tuple[WeightEntry, ...]:
+def _entries(root: nn.Module, mine: list[Site], state: State, name: str, full: bool = False) -> tuple[WeightEntry, ...]:
     """What the header says of each weight."""
     entries = []
     for site in mine:
         own = state.weights[name][site.name]
-        entries.append(WeightEntry.of(site, name, None if own == state.variants[name] else own, full))
+        entry = WeightEntry.of(site, name, None if own == state.variants[name] else own, full)
+        parent, _, child = site.path.rpartition(".")
+        if entry.order is not None and child in parts_of(root.get_submodule(parent)).read:
+            entry = entry._replace(order=None)  # read past the call that PEFT wraps
+        entries.append(entry)
     return tuple(entries)
 
 

@@ -77,8 +77,9 @@ def checksum(*parts: Tensor) -> str | None:
         weights = _weights().to(data.device)
         few = 4 if data.device.type == "cpu" else 2**10
         for some in blocks.split(few) if words else ():
-            # With its upper half added, as the highest bit of a word would else count in one way only.
-            digest.update((some >> 32).add_(some).mul_(weights).sum(-1).cpu().numpy().data)
+            # With its upper bits added: the highest bit, a sign, would else count alike in all words, and even numbers
+            # of them not at all. By 29, as no two bits that are signs in any dtype are so far apart.
+            digest.update((some >> 29).add_(some).mul_(weights).sum(-1).cpu().numpy().data)
         digest.update(data[8 * words :].cpu().numpy().data)
     return digest.hexdigest()[:32]
 

@@ -68,6 +68,7 @@ class WeightEntry(NamedTuple):
 def _order(site: Site) -> int | None:
     """The place of a parameter among its module's, where PEFT finds it by its name and the module then sees it."""
     blind = isinstance(site.layer, nn.RNNBase | nn.MultiheadAttention)  # lists and fused paths of torch's own
+    blind = blind or type(site.layer).forward is nn.Module.forward  # a list of parameters, which others read
     declared = [name for name, parameter in site.layer._parameters.items() if parameter is not None]
     return None if blind or not site.path or site.parameter not in declared else declared.index(site.parameter)
 

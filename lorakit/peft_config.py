@@ -147,7 +147,7 @@ def _beyond_factors(
         return [f"{entry.name} has max_norm, which rescales its rows with the update here and without it in PEFT"]
     parent, _, own = entry.path.rpartition(".")
     if model is not None and entry.path and own in parts_of(model.get_submodule(parent)).read:
-        return [f"{entry.name} is read by {type(model.get_submodule(parent)).__name__}, past PEFT's layer"]
+        return [f"{entry.name} is read by {type(model.get_submodule(parent)).__name__}, past the layer that PEFT wraps"]
     if header.variant.peft_fields()["peft_type"] == "ADALORA" and header.variant_of(entry) != header.variant:
         return [f"{entry.name} has a rank or an alpha of its own"]
     return []

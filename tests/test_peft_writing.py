@@ -1,4 +1,4 @@
-"""What is written here loads in PEFT and transformers with equal outputs; what PEFT wrote comes back to the bit."""
+"""What is written here acts in PEFT and in transformers as it does here, and PEFT's own comes back to the bit."""
 
 import copy
 import json
@@ -25,6 +25,8 @@ with warnings.catch_warnings():
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # PEFT looks for them among modules, and applies those of parameters all the same.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
 ]
 
 
@@ -127,7 +129,10 @@ def test_peft_and_transformers_compute_what_we_do(case, way, tmp_path):
     if hasattr(base, "load_adapter"):
         theirs = copy.deepcopy(base)
         theirs.load_adapter(str(tmp_path / "a"))
-        assert_equal_outputs(out(theirs.eval(), x), wanted)
+        if case == "dora":  # it loses the magnitudes, those of PEFT's own files too
+            assert (out(theirs.eval(), x) - wanted).abs().max() > 1e-3
+        else:
+            assert_equal_outputs(out(theirs.eval(), x), wanted)
     lk.load(base, tmp_path / "a")
     assert_equal_outputs(out(base, x), wanted)
 
@@ -157,16 +162,21 @@ KEPT = (
 )
 
 
-@pytest.mark.parametrize("case", [case for case in THEIRS if case != "embedding" and not case.startswith("lora-bias")])
+NO_WAY_BACK = ("embedding", "lora-bias", "tables-below")
+"""A copy of the base is not kept, an added bias becomes the bias, and layers in a wrapped module are refused."""
+
+
+@pytest.mark.parametrize("case", [case for case in THEIRS if not case.startswith(NO_WAY_BACK)])
 def test_from_peft_and_back_is_equal_to_the_bit(case, tmp_path):
     base, x, theirs = made(case)
     theirs.peft_config["default"].base_model_name_or_path = "who/what"
     theirs.peft_config["default"].revision = "v2"
-    theirs.peft_config["default"].task_type = "CAUSAL_LM"
+    if hasattr(base, "config"):
+        theirs.peft_config["default"].task_type = "CAUSAL_LM"
     saved(theirs, tmp_path / "a")
     write(renamed_for(read(tmp_path / "a"), base), tmp_path / "b", "peft")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
-    assert before.keys() == after.keys() or case in ("a-layer-s-weight",)
+    assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert torch.equal(tensor, after[key]) and tensor.dtype == after[key].dtype, key
     first, second = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab")
@@ -182,7 +192,13 @@ BEYOND = {
     "circular": (nn.Sequential(nn.Conv1d(4, 4, 3, padding_mode="circular", padding=1)), {"targets": "0"}, "circular"),
     "dilated": (nn.Sequential(nn.Conv1d(4, 4, 3, padding="same", dilation=2)), {"targets": "0"}, "dilation"),
     "max-norm": (nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), {"targets": "0"}, "max_norm"),
-    "read": (nn.MultiheadAttention(8, 2), {"targets": "out_proj"}, "past PEFT's layer"),
+    "read": (nn.MultiheadAttention(8, 2), {"targets": "out_proj"}, "no layer's whole weight"),
+    "read-in-encoder": (
+        nn.TransformerEncoderLayer(8, 2, 8, batch_first=True),
+        {"targets": "linear1", "mode": "beside"},
+        "past the layer",
+    ),
+    "list": (nn.Sequential(nn.ParameterList([torch.ones(2, 2)])), {"targets": "0.0"}, "no layer's whole weight"),
     "root": (tables()[1], {"targets": "z"}, "no layer's whole weight"),
     "inside": (tables(), {"targets": ["1.z", "1.below"]}, "which PEFT wraps"),
 }
@@ -197,7 +213,7 @@ def test_what_peft_cannot_have_is_named(case, tmp_path):
     lk.save(model, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORAKIT" and word in config["reasons"][0]
-    if case not in ("groups", "circular", "dilated", "max-norm", "read"):  # what a live model alone tells
+    if case not in ("groups", "circular", "dilated", "max-norm", "read-in-encoder"):  # what a live model alone tells
         with pytest.raises(lk.LorakitError, match=word):
             write(adapter_value(model), tmp_path / "b", "peft")
 
