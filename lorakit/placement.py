@@ -1,89 +1,120 @@
-"""How a weight is seen as a matrix where there is no layer to ask: from what a file says of it, and from shapes."""
+"""How a weight of an adapter is seen as a matrix, where there is no layer to ask: from its entry and from shapes."""
 
-import math
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from lorakit.adapter import LOOKUPS, AdapterWeight
+from lorakit.adapter import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.layers import (
+    PROJECTIONS,
     Bilinear,
     Convolution,
     Embedding,
+    EmbeddingBag,
     Kind,
     Linear,
     Parameter,
+    ReadEmbedding,
     Slices,
     TransposedConvolution,
     TransposedLinear,
 )
-from lorakit.layers.attention import PROJECTIONS
-
-_SIMPLE: dict[str, type[Linear] | type[TransposedLinear] | type[Convolution] | type[Bilinear]] = {
-    "Linear": Linear,
-    "Foreign": Linear,
-    "TransposedLinear": TransposedLinear,
-    "Convolution": Convolution,
-    "Bilinear": Bilinear,
-}
+from lorakit.variants import Variant
 
 
 def kind_of(weight: AdapterWeight, shape: tuple[int, ...]) -> Kind:
-    """The kind of a weight of this shape that an adapter's tensors fit.
+    """How the base tensor of this shape is seen as the matrix that this update changes.
+
+    An update built for that view must have tensors of the very shapes that the adapter holds. Where the adapter does
+    not say the kind, the first that fits is it: a square weight is then taken for `nn.Linear`'s (out, in). What holds
+    whole weights or rows (`Full`, `Rows`) fits every view, and does not depend on it.
+
+    Args:
+        weight: a weight of an adapter, of any variant.
+        shape: that of the base's tensor, as a checkpoint holds it.
 
     Raises:
-        LorakitError: they fit none.
+        LorakitError: no view of such a tensor fits the adapter's tensors; the message has all shapes.
     """
-    entry, name = weight.entry, weight.entry.kind
-    if entry.slices:
-        if not set(entry.slices) <= set(PROJECTIONS) or len(shape) != 2:
-            raise LorakitError(f"{weight.name!r}: slices {', '.join(entry.slices)} of a weight of shape {shape}")
-        return Slices(entry.parameter, PROJECTIONS, entry.slices)
-    if name in LOOKUPS:
-        return Embedding(entry.padding_idx)
-    if name == "TransposedConvolution":
-        return TransposedConvolution(_groups(weight, shape), entry.parameter)
-    if name in _SIMPLE:
-        return _SIMPLE[name](entry.parameter)
-    if name == "Parameter":
-        return Parameter(entry.parameter, flat=len(shape) == 3 and not weight.stacked)
-    return _by_shapes(weight, shape)
-
-
-def _by_shapes(weight: AdapterWeight, shape: tuple[int, ...]) -> Kind:
-    """The kind that factors fit, where the file does not say: of a square matrix it is that of a linear layer."""
-    parameter, A, B = weight.entry.parameter, weight.tensors.get("A"), weight.tensors.get("B")
-    if A is None or B is None:
-        return Linear(parameter) if len(shape) == 2 else Parameter(parameter, flat=True)
-    outline = torch.empty(shape, device="meta")
-    rank = A.shape[1] if weight.stacked else A.shape[0]
-    candidates: list[Kind] = [Linear(parameter), TransposedLinear(parameter)]
-    if len(shape) > 2:
-        groups = shape[0] // A.shape[1] if A.dim() == len(shape) and A.shape[1] else 1
-        candidates = [Convolution(parameter), TransposedConvolution(max(groups, 1), parameter)]
-        candidates += [Parameter(parameter, flat=True), Parameter(parameter)]
-    for kind in candidates if len(shape) > 1 else ():
+    variant = replace(weight.variant, **{"dropout": 0.0}) if getattr(weight.variant, "dropout", 0) else weight.variant
+    padding = weight.entry.padding_idx
+    if padding is not None and (isinstance(padding, bool) or not shape or not -shape[0] <= padding < shape[0]):
+        raise LorakitError(f"{weight.name!r}: padding_idx={padding!r} is none of the rows of {tuple(shape)}")
+    held = {name: tuple(tensor.shape) for name, tensor in weight.tensors.items()}
+    why: list[str] = []
+    for kind in _candidates(weight, tuple(shape)):
         try:
-            if kind.factor_shapes(outline, rank) == (tuple(A.shape), tuple(B.shape)):
-                return kind
-        except (
-            LorakitError,
-            RuntimeError,
-        ):  # a rank above that of one matrix; sizes that are no multiple of the groups
+            wanted = _saved_shapes(kind, variant, tuple(shape))
+        except (LorakitError, IndexError, ValueError, RuntimeError) as error:  # a view that such a shape does not have
+            why.append(f"{type(kind).__name__}: {str(error).splitlines()[0]}")
             continue
+        if wanted == held:
+            return kind
+        why.append(f"{type(kind).__name__} has {_listed(wanted)}")
     raise LorakitError(
-        f"{weight.name!r}: A {tuple(A.shape)} and B {tuple(B.shape)} fit no weight of shape {shape}; is this the base?"
+        f"{weight.name!r}: {_listed(held)} of {type(variant).__name__} fit no weight of shape {tuple(shape)}: "
+        + ("; ".join(why) or f"kind {weight.entry.kind!r} is not known here for such a shape")
     )
 
 
-def _groups(weight: AdapterWeight, shape: tuple[int, ...]) -> int:
-    """The groups of a transposed convolution: each has in/groups·kernel columns."""
-    A, whole = weight.tensors.get("A", weight.tensors.get("A1")), math.prod(shape) // shape[1]
-    if A is None:  # a Kronecker product
-        parts = {key: tensor for key, tensor in weight.tensors.items() if key in ("w1", "w1_b", "w2", "w2_b")}
-        columns = math.prod(math.prod(tensor.shape[1:]) for tensor in parts.values())
-    else:
-        columns = math.prod(A.shape[1:])
-    if not columns or whole % columns:
-        raise LorakitError(f"{weight.name!r}: {columns} columns fit no transposed convolution of shape {shape}")
-    return whole // columns
+def matrix_of(weight: AdapterWeight, W: Tensor) -> Tensor:
+    """The base's tensor as the matrix that this update changes, (d, k) or (E, d, k) of a stack: a view if possible.
+
+    Raises:
+        LorakitError: it does not fit.
+    """
+    return kind_of(weight, tuple(W.shape)).matrix_of(W)
+
+
+def _candidates(weight: AdapterWeight, shape: tuple[int, ...]) -> list[Kind]:
+    """The kinds that it may be, the likeliest first."""
+    entry = weight.entry
+    name, own = entry.kind, entry.parameter
+    if entry.slices:
+        names = _all_slices(weight, shape)
+        return [Slices(own, names=names, slices=entry.slices)] if names else []
+    axes = len(shape)
+    found: list[Kind] = []
+    if axes == 2:
+        found += [Linear(own), TransposedLinear(own)]
+        found += [table(entry.padding_idx) for table in (Embedding, EmbeddingBag, ReadEmbedding) if name is not None]
+    if 3 <= axes <= 5:
+        found.append(Convolution(own))
+    if axes == 3:
+        found.append(Bilinear(own))
+    if axes >= 2:
+        found += [Parameter(own), *([Parameter(own, flat=True)] if axes == 3 else [])]
+    if 3 <= axes <= 5 and name in (None, "TransposedConvolution"):
+        found += [TransposedConvolution(groups, own) for groups in _divisors(shape[0])]
+    # PEFT says of all layers at once that they are transposed, of which some may not be.
+    also = {"Foreign": "Linear", "TransposedLinear": "Linear" if entry.shape is None else ""}.get(name or "", "")
+    said = [kind for kind in found if name in (None, type(kind).__name__)]
+    return said + [kind for kind in found if type(kind).__name__ == also]
+
+
+def _all_slices(weight: AdapterWeight, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The names of all slices, of which a file holds those that were adapted; empty if they cannot be known."""
+    chosen = weight.entry.slices
+    if tuple(name for name in PROJECTIONS if name in chosen) == chosen:
+        return PROJECTIONS if shape and shape[0] % len(PROJECTIONS) == 0 else ()
+    B = weight.tensors.get("B")
+    complete = B is not None and B.dim() == 3 and shape and B.shape[1] * len(chosen) == shape[0]
+    return chosen if complete else ()
+
+
+def _divisors(number: int) -> list[int]:
+    low = [i for i in range(1, int(number**0.5) + 1) if number % i == 0]
+    return sorted({*low, *(number // i for i in low)})
+
+
+def _saved_shapes(kind: Kind, variant: Variant, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes that an update of this variant has in a file, by a sketch without values."""
+    sketch = torch.empty(shape, device="meta")
+    update = variant.fit([kind.matrix_shape(sketch)]).build(kind, sketch, "weight")
+    return {name: tuple(tensor.shape) for name, tensor in update.saved().items()}
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -13,6 +13,7 @@ from lorakit.layers.parameter import Parameter
 from lorakit.layers.slices import Slices
 
 PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""What the slices of `in_proj_weight` go by."""
 
 
 @register_kind
