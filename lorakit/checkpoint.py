@@ -24,6 +24,8 @@ class Part(NamedTuple):
     """Its tensors, in the order of their bytes."""
     shard: Shard | None = None
     """If it is a safetensors file."""
+    source: str | None = None
+    """The name of the file that it is now, if it is one."""
 
 
 @dataclass(frozen=True, eq=False)

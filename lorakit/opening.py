@@ -132,8 +132,8 @@ def _together(
         aliases |= found.aliases
         for name, stored in found.tensors.items():
             if name in owner:
-                problems.append(f"{name!r} is in {owner[name]} and in {found.part.name}: name the file that is meant")
-            tensors[name], owner[name] = stored, found.part.name
+                problems.append(f"{name!r} is in {owner[name]} and in {found.part.source}: name the file that is meant")
+            tensors[name], owner[name] = stored, found.part.source or found.part.name
     if weight_map is not None and not problems:
         for name, file in weight_map.items():
             if owner.get(name) != file:
@@ -152,7 +152,7 @@ def _open_file(path: Path) -> _Opened:
     shard = read_shard(path)
     # safetensors' save_model stores one of several names, and says here which one the others are.
     kept = {name: other for name, other in shard.metadata.items() if name not in shard.tensors and other in shard.tensors}
-    return _Opened(Part(path.name, tuple(shard.tensors), shard), shard.tensors, kept, {})
+    return _Opened(Part(path.name, tuple(shard.tensors), shard, path.name), shard.tensors, kept, {})
 
 
 def _open_torch(path: Path) -> _Opened:
@@ -163,15 +163,16 @@ def _open_torch(path: Path) -> _Opened:
         _check_order(path, zipped)
         content = torch.load(path, map_location="meta" if zipped else "cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle may raise
+        what = f"{type(error).__name__} {error}".splitlines()[0]
         raise LorakitError(
-            f"{path} is no file of tensors by torch.save, or a damaged one: {str(error).splitlines()[0]}; if it holds "
+            f"{path} is no file of tensors by torch.save, or a damaged one: {what}; if it holds "
             "more than tensors, load it yourself and give the mapping"
         ) from None
     if not isinstance(content, Mapping):
         raise LorakitError(f"{path} holds a {type(content).__name__}, not a mapping of tensors: give the mapping itself")
     if not zipped:
         held = in_memory(content, os.fspath(path))
-        return _Opened(Part(renamed, tuple(held.tensors)), held.tensors, {}, held.memory)
+        return _Opened(Part(renamed, tuple(held.tensors), None, path.name), held.tensors, {}, held.memory)
     total, problems, found = path.stat().st_size, [], {}
     for name, tensor in content.items():
         try:
@@ -179,7 +180,7 @@ def _open_torch(path: Path) -> _Opened:
         except ValueError as error:
             problems.append(f"{name!r} {error}")
     check(os.fspath(path), problems, found)
-    return _Opened(Part(renamed, tuple(found)), found, {}, {})
+    return _Opened(Part(renamed, tuple(found), None, path.name), found, {}, {})
 
 
 def _check_order(path: Path, zipped: bool) -> None:

@@ -110,7 +110,7 @@ def _copy_others(base: Checkpoint, folder: Path, target: Path) -> list[str]:
     """Copy what is no weights: config, tokenizer and the like. Other files of weights would be of the old ones."""
     left_out = []
     mine = base.index if all(part.shard is not None for part in base.parts) else None
-    written = {part.name for part in base.parts if part.shard is not None} | {base.index}
+    written = {part.source for part in base.parts} | {base.index}
     for entry in sorted(folder.iterdir()):
         if entry.name == mine:
             shutil.copyfile(entry, target / entry.name)
