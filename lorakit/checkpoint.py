@@ -1,9 +1,9 @@
 """A checkpoint of any module by its names: shapes, dtypes and places. Values are read one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Names → shape, dtype and place. `lorakit.opening.open_checkpoint` makes one; it never changes, and holds no values of files."""
+    """Names → shape, dtype and place, without the values of files. `open_checkpoint` makes one; it never changes."""
 
     where: str
     """What errors call it."""
@@ -66,7 +66,9 @@ class Checkpoint:
         except (OSError, RuntimeError, ValueError) as error:
             raise LorakitError(f"cannot read {name!r} of {stored.file}: {error}") from None
         if got != stored.bytes:
-            raise LorakitError(f"cannot read {name!r} of {stored.file}: it has become shorter; do not change it meanwhile")
+            raise LorakitError(
+                f"cannot read {name!r} of {stored.file}: it has become shorter; do not change it meanwhile"
+            )
         return tensor
 
     def peek(self, name: str) -> Tensor:
@@ -82,7 +84,11 @@ class Checkpoint:
 
             flat = np.memmap(stored.file, np.uint8, "c", stored.begin, (_span(stored) * stored.dtype.itemsize,))
             numbers = torch.from_numpy(flat).view(stored.dtype)
-            return numbers.view(stored.shape) if stored.strides is None else numbers.as_strided(stored.shape, stored.strides)
+            return (
+                numbers.view(stored.shape)
+                if stored.strides is None
+                else numbers.as_strided(stored.shape, stored.strides)
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise LorakitError(f"cannot read {name!r} of {stored.file}: {error}") from None
 
@@ -167,7 +173,7 @@ def in_memory(tensors: Mapping[str, Any], where: str, model: nn.Module | None = 
     return Checkpoint(where, stored, (Part("model.safetensors", tuple(stored)),), memory=found, model=model)
 
 
-def check(where: str, problems: list[str], found: Mapping[str, Any]) -> None:
+def check(where: str, problems: list[str], found: Sized) -> None:
     """One error that lists what is wrong with a checkpoint, if anything is.
 
     Raises:
@@ -198,5 +204,5 @@ def same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
 def _span(stored: Stored) -> int:
     """How many numbers it lies over in the file."""
     if stored.strides is None:
-        return cast(int, torch.Size(stored.shape).numel())
+        return torch.Size(stored.shape).numel()
     return sum((size - 1) * stride for size, stride in zip(stored.shape, stored.strides, strict=True)) + 1

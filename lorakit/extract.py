@@ -17,11 +17,11 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import WeightEntry
 from lorakit.layers import Kind, accumulation_dtype
-from lorakit.onto import TIED, is_embedding, is_tied
+from lorakit.onto import TIED, is_tied
 from lorakit.opening import Source, open_checkpoint
 from lorakit.patterns import Pattern, by_name, patterns_of, some
 from lorakit.rewrite import Progress
-from lorakit.seen import Seen, seen
+from lorakit.seen import Seen, is_embedding, seen
 from lorakit.tables import shape as shown
 from lorakit.tables import table
 from lorakit.variants import Full, LoRA, Variant
@@ -65,7 +65,14 @@ class ExtractReport:
 
     def __str__(self) -> str:
         rows = [
-            [w.name, f"{w.seen} (by {w.by})", shown(w.shape), str(w.rank or "whole"), f"{w.change:.3g}", f"{w.error:.2g}"]
+            [
+                w.name,
+                f"{w.seen} (by {w.by})",
+                shown(w.shape),
+                str(w.rank or "whole"),
+                f"{w.change:.3g}",
+                f"{w.error:.2g}",
+            ]
             for w in self.weights
         ]
         heads = ["weight", "seen as", "shape", "rank", "change", "error"]
@@ -90,13 +97,13 @@ def extract(
 ) -> tuple[Adapter, ExtractReport]:
     """The adapter that makes a tuned checkpoint of its base: LoRA of each matrix that changed, whole what is no matrix.
 
-    ΔW = tuned − base is formed in at least 32 bits, one tensor at a time, and split by its singular value decomposition;
-    of large matrices and small ranks by a randomized one, whose error is measured. Given no bound, the rank is the
-    numerical one: nothing is lost, and after full fine-tuning it may be all that there is.
+    ΔW = tuned − base is formed in at least 32 bits, one tensor at a time, and split by its singular value
+    decomposition; at small ranks of large matrices by a randomized one, whose error is measured. Given no bound, the
+    rank is the numerical one: nothing is lost, and after full fine-tuning it may be all that there is.
 
-    A weight is seen as the layer of a live model sees it, if one of the two is given as an `nn.Module`; else by its name
-    and shape: two axes are a linear layer's (out, in), unless its name is that of an embedding or its bias shows that it
-    is (in, out); three or more are a convolution's if it is called "weight", else a stack of matrices.
+    A weight is seen as the layer of a live model sees it, if one of the two is given as an `nn.Module`; else by its
+    name and shape: two axes are a linear layer's (out, in), unless its name is that of an embedding or its bias shows
+    that it is (in, out); three or more are a convolution's if it is called "weight", else a stack of matrices.
 
     Args:
         base: a path, a mapping of tensors, or a module.
@@ -163,8 +170,12 @@ def extract(
         )
     tied = [weight.name for weight in weights if is_embedding(weight.name) and is_tied(weight.name, one)]
     missed += [
-        (each, "is the output head too, which changes with it in the tuned checkpoint and in merge_checkpoint, but not on "
-        "a live model: give the model itself as the base to have both") for each in tied
+        (
+            each,
+            "is the output head too, which changes with it in the tuned checkpoint and in merge_checkpoint, but not on "
+            "a live model: give the model itself as the base to have both",
+        )
+        for each in tied
     ]
     adapter = Adapter(name, _usual(weights), tuple(weights), facts={TIED: tied} if tied else {})
     return adapter, ExtractReport(tuple(rows), unchanged, tuple(missed))

@@ -85,13 +85,18 @@ def merge_checkpoint(
         progress: called with the bytes done, the bytes of all, and the name of the tensor that is next.
 
     Raises:
-        LorakitError: the adapter does not fit (all that is wrong in one error), the base is quantized, rounding takes too
-            much, the result is not finite, or `out` exists or cannot be written. Nothing appears at `out` then.
+        LorakitError: the adapter does not fit (all that is wrong in one error), the base is quantized, rounding takes
+            too much, the result is not finite, or `out` exists or cannot be written. Nothing appears at `out` then.
     """
     if verify not in ("sample", "off"):
         raise LorakitError(f"verify={verify!r} must be 'sample' or 'off'")
     for name, number, most in (("scale", scale, math.inf), ("least_survival", least_survival, 1.0)):
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number > most:
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int | float)
+            or not math.isfinite(number)
+            or number > most
+        ):
             raise LorakitError(f"{name}={number!r} must be a finite number{' of at most 1' if most == 1 else ''}")
     checkpoint = open_checkpoint(base, "the base")
     found = onto(adapter, checkpoint, check_values=verify == "sample")
@@ -132,19 +137,20 @@ def _folded(weight: Tensor, update: Update, scale: float) -> tuple[Tensor, Norms
                 return None
             norms.append(norms_of(wide, total, result))
             weight[rows] = result
-    return weight, Norms(*(math.hypot(*each) for each in zip(*((n.weight, n.change, n.lost) for n in norms), strict=True)))
+    return weight, Norms(
+        *(math.hypot(*each) for each in zip(*((n.weight, n.change, n.lost) for n in norms), strict=True))
+    )
 
 
 def _parts(weight: Tensor, update: Update) -> Iterator[tuple[slice | tuple[()], Update]]:
     """The update in pieces, each of some rows of the weight; in one piece if it cannot be cut."""
-    whole = not isinstance(update, FullUpdate) or update.kind.padding_idx is not None
-    if whole or weight.dim() == 0 or weight.numel() <= _BLOCK:
+    if isinstance(update, FullUpdate) and update.kind.padding_idx is None and weight.numel() > _BLOCK:
+        count = max(1, _BLOCK // (weight.numel() // len(weight)))
+        for i in range(0, len(weight), count):
+            rows = slice(i, i + count)
+            yield rows, update.restored({"value": update.value.detach()[rows]})
+    else:
         yield (), update
-        return
-    count = max(1, _BLOCK // (weight.numel() // len(weight)))
-    for i in range(0, len(weight), count):
-        rows = slice(i, i + count)
-        yield rows, update.restored({"value": update.value.detach()[rows]})
 
 
 def _check(adapter: Adapter, norms: dict[str, Norms], bad: list[str], least_survival: float) -> None:
@@ -159,6 +165,9 @@ def _check(adapter: Adapter, norms: dict[str, Norms], bad: list[str], least_surv
                 f"rounding would take more than {1 - least_survival:.0%} of the update in {len(faint)} of {len(norms)} "
                 "weights, so nothing is written: keep the adapter unmerged, merge into a base of float32, or allow it "
                 "with a smaller least_survival=...",
-                [f"{name!r} would lose {share:.0%}" for name, share in sorted(faint.items(), key=lambda each: -each[1])],
+                [
+                    f"{name!r} would lose {share:.0%}"
+                    for name, share in sorted(faint.items(), key=lambda each: -each[1])
+                ],
             )
         )

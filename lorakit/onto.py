@@ -1,8 +1,8 @@
-"""An adapter's updates for the weights of a checkpoint: names, shapes and values checked, everything wrong in one error."""
+"""An adapter's updates for the weights of a checkpoint: names, shapes and values checked, in one error."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ from lorakit.adapter import Adapter, AdapterWeight, check_known
 from lorakit.checkpoint import Checkpoint, listed
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
-from lorakit.layers import Update, accumulation_dtype
+from lorakit.layers import Kind, Parameter, Update, accumulation_dtype
 from lorakit.loading import tensor_problem
 from lorakit.placement import kind_of
-from lorakit.variants import Rows, Variant
+from lorakit.seen import is_embedding, leaf, transposed
+from lorakit.variants import Full, Rows, Variant
 
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output|decoder)\.weight$")
 """What output heads are called."""
@@ -51,13 +52,13 @@ def onto(adapter: Adapter, base: Checkpoint, *, check_values: bool) -> Onto:
             "renamed_for(adapter, names) with the names of the checkpoint's parameters"
         )
     prefix, names = _names(adapter, base)
-    kinds, problems = {}, _clashes(names)
+    kinds, problems, turned = {}, _clashes(names), transposed(base)
     for weight, name in zip(adapter.weights, names, strict=True):
         found = _base_problems(weight, name, base, check_values) + _tie_problems(adapter, weight, name, base)
         problems += [f"{weight.name!r}: {problem}" for problem in found]
         if not found:
             try:
-                kinds[name] = kind_of(weight, base[name].shape)
+                kinds[name] = _kind(weight, base[name].shape, turned)
             except LorakitError as error:
                 problems.append(f"{weight.name!r}: {error}")
     usual = adapter.variant
@@ -75,6 +76,16 @@ def onto(adapter: Adapter, base: Checkpoint, *, check_values: bool) -> Onto:
         raise LorakitError(listed(f"{adapter.name!r} does not fit {base.where}:", problems))
     untied = dict.fromkeys(other for name in updates for other in base.tied(name) if other not in updates)
     return Onto(updates, prefix, tuple(untied))
+
+
+def _kind(weight: AdapterWeight, shape: tuple[int, ...], turned: Set[str]) -> Kind:
+    """How the checkpoint's weight is seen; `turned` says which layers have (in, out), where the adapter does not."""
+    if isinstance(weight.variant, Full) and len(shape) < 2:
+        return Parameter(weight.entry.parameter)
+    entry = weight.entry
+    if entry.kind is None and entry.parameter == "weight" and len(shape) == 2 and leaf(entry.path) in turned:
+        weight = weight._replace(entry=entry._replace(kind="TransposedLinear"))
+    return kind_of(weight, shape)
 
 
 def _outline(base: Checkpoint, name: str) -> Tensor:
@@ -139,7 +150,9 @@ def _base_problems(weight: AdapterWeight, name: str, base: Checkpoint, check_val
     stored, entry = base[name], weight.entry
     packed = [f"{name}.{word}" for word in _PACKED if f"{name}.{word}" in base]
     stem = name.rpartition(".")[0]
-    packed += [f"{stem}.{word}" for word in ("SCB", "qweight", "weight_scale", "weight_scale_inv") if f"{stem}.{word}" in base]
+    packed += [
+        f"{stem}.{word}" for word in ("SCB", "qweight", "weight_scale", "weight_scale_inv") if f"{stem}.{word}" in base
+    ]
     if packed:
         return [f"the checkpoint has it quantized ({packed[0]}); merge into the one that it was made of"]
     if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
@@ -174,14 +187,6 @@ def _tie_problems(adapter: Adapter, weight: AdapterWeight, name: str, base: Chec
 def is_tied(name: str, base: Checkpoint) -> bool:
     """Whether an embedding is the output head too, as far as the checkpoint's config says."""
     return re.search(r"pos|wpe|type", name) is None and _ties(base)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a weight's name is one that look-up tables have."""
-    path, _, parameter = name.rpartition(".")
-    leaf = path.rpartition(".")[2].lower()
-    table = ("embed" in leaf and leaf not in ("embed_out", "unembed")) or leaf in ("wte", "wpe", "shared", "emb")
-    return parameter == "weight" and table
 
 
 def _ties(base: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""From a path to a checkpoint: one file, an index with its shards, or a directory of files. Nothing there is trusted."""
+"""From a path to a checkpoint: one file, an index with its shards, or a directory. Nothing there is trusted."""
 
 import os
 import zipfile
@@ -74,9 +74,7 @@ def _open_path(path: Path) -> Checkpoint:
         return _open_index(path)
     found = _open_file(path)
     check(os.fspath(path), [], found.tensors)
-    return Checkpoint(
-        os.fspath(path), found.tensors, (found.part,), memory=found.memory, aliases=found.aliases
-    )
+    return Checkpoint(os.fspath(path), found.tensors, (found.part,), memory=found.memory, aliases=found.aliases)
 
 
 def _open_directory(path: Path) -> Checkpoint:
@@ -93,7 +91,9 @@ def _open_directory(path: Path) -> Checkpoint:
             raise LorakitError(f"{path} has several indices, {', '.join(indices)}: name one of them")
         chosen = single[:1] or weights
         if kind == "bin" and len(chosen) > 1:
-            raise LorakitError(f"{path} has several files of torch, {', '.join(chosen)}, and no index: name one of them")
+            raise LorakitError(
+                f"{path} has several files of torch, {', '.join(chosen)}, and no index: name one of them"
+            )
         if chosen:
             return _together(path, [path / name for name in chosen])
     raise LorakitError(f"{path} holds no *.safetensors and no torch file: name the directory of the model itself")
@@ -138,7 +138,9 @@ def _together(
         for name, file in weight_map.items():
             if owner.get(name) != file:
                 problems.append(f"the index has {name!r} in {file}, and it is in {owner.get(name, 'no shard')}")
-        problems += [f"{name!r} is in {owner[name]}, and not in the index" for name in tensors if name not in weight_map]
+        problems += [
+            f"{name!r} is in {owner[name]}, and not in the index" for name in tensors if name not in weight_map
+        ]
     check(os.fspath(folder), problems, tensors)
     memory = {name: tensor for found in opened for name, tensor in found.memory.items()}
     parts = tuple(found.part for found in opened)
@@ -151,7 +153,9 @@ def _open_file(path: Path) -> _Opened:
         return _open_torch(path)
     shard = read_shard(path)
     # safetensors' save_model stores one of several names, and says here which one the others are.
-    kept = {name: other for name, other in shard.metadata.items() if name not in shard.tensors and other in shard.tensors}
+    kept = {
+        name: other for name, other in shard.metadata.items() if name not in shard.tensors and other in shard.tensors
+    }
     return _Opened(Part(path.name, tuple(shard.tensors), shard, path.name), shard.tensors, kept, {})
 
 
@@ -169,7 +173,9 @@ def _open_torch(path: Path) -> _Opened:
             "more than tensors, load it yourself and give the mapping"
         ) from None
     if not isinstance(content, Mapping):
-        raise LorakitError(f"{path} holds a {type(content).__name__}, not a mapping of tensors: give the mapping itself")
+        raise LorakitError(
+            f"{path} holds a {type(content).__name__}, not a mapping of tensors: give the mapping itself"
+        )
     if not zipped:
         held = in_memory(content, os.fspath(path))
         return _Opened(Part(renamed, tuple(held.tensors), None, path.name), held.tensors, {}, held.memory)
@@ -207,7 +213,7 @@ def _placed(name: object, tensor: object, path: Path, total: int) -> Stored:
     if not isinstance(start, int):
         raise ValueError("has no place in the file; load the file and give the mapping")
     size = tensor.dtype.itemsize
-    begin = start + tensor.storage_offset() * size
+    begin = start + int(tensor.storage_offset()) * size
     spread = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     reach = begin + spread * size if tensor.numel() else begin
     end = start + tensor.untyped_storage().nbytes()

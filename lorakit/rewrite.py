@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack",
 def rewrite(
     base: Checkpoint,
     out: str | os.PathLike[str],
-    changed: dict[str, Change],
+    changed: Mapping[str, Change],
     *,
     force: bool = False,
     progress: Progress | None = None,
@@ -83,7 +83,7 @@ def _write(
     part: Part,
     shard: Shard,
     file: BinaryIO,
-    changed: dict[str, Change],
+    changed: Mapping[str, Change],
     progress: Progress | None,
     done: int,
 ) -> int:
@@ -129,4 +129,3 @@ def _write_index(base: Checkpoint, target: Path) -> None:
         "weight_map": {name: part.name for part in base.parts for name in part.names},
     }
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
-

@@ -153,7 +153,9 @@ def _placed(header: dict[str, Any], path: Path, start: int, total: int) -> dict[
     reached = 0
     for begin, end, name, _ in found:
         if begin != reached:
-            raise ValueError(f"{name!r} begins at byte {begin}, where {reached} is next: tensors overlap or leave a gap")
+            raise ValueError(
+                f"{name!r} begins at byte {begin}, where {reached} is next: tensors overlap or leave a gap"
+            )
         reached = end
     if start + reached != total:
         raise ValueError(f"its tensors end at byte {start + reached} of {total}: it is truncated, or longer")

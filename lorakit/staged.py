@@ -1,4 +1,4 @@
-"""What is written bit by bit and appears at once: under a temporary name beside its own, and renamed when it is whole."""
+"""What is written bit by bit and appears at once: under a temporary name beside, and renamed when whole."""
 
 import os
 import secrets

@@ -115,7 +115,9 @@ def test_every_form_holds_the_same_and_is_written_the_same(form, tmp_path):
     assert_bits(read_all(checkpoint), in_order(content))
     for name in content:
         assert torch.equal(checkpoint.peek(name).view(-1).view(torch.uint8), content[name].view(-1).view(torch.uint8))
-        assert b"".join(map(bytes, checkpoint.pieces(name))) == bytes(content[name].reshape(-1).view(torch.uint8).numpy())
+        assert b"".join(map(bytes, checkpoint.pieces(name))) == bytes(
+            content[name].reshape(-1).view(torch.uint8).numpy()
+        )
     left_out = rewrite(checkpoint, tmp_path / "out", {})
     assert left_out == (("model.fp16.safetensors",) if form == "single" else ())
     assert_bits(read_all(open_checkpoint(tmp_path / "out")), in_order(content))
@@ -187,7 +189,10 @@ DAMAGED = {
     "dtype of no text": head({"a": {**F32, "dtype": ["F32"]}}, b"\0" * 8),
     "entry": head({"a": 3}),
     "metadata": head({"__metadata__": {"a": 1}, "a": F32}, b"\0" * 8),
-    "twice": head(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8),
+    "twice": head(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b"\0" * 8,
+    ),
 }
 
 
@@ -227,15 +232,19 @@ def edited(path: Path, **change: Any) -> Path:
 def test_an_index_is_not_trusted(tmp_path):
     content = {f"w{i}": torch.randn(3) for i in range(6)}
     save_file(content, tmp_path / "x.safetensors")
-    for i, file in enumerate(["../x.safetensors", str(tmp_path / "x.safetensors"), "", "..", "a/b", "gone.safetensors"]):
-        with pytest.raises(LorakitError, match="not in its directory|missing"):
+    for i, file in enumerate(
+        ["../x.safetensors", str(tmp_path / "x.safetensors"), "", "..", "a/b", "gone.safetensors"]
+    ):
+        with pytest.raises(LorakitError, match=r"not in its directory|missing"):
             open_checkpoint(edited(shards(tmp_path / f"a{i}", content), w0=file))
     with pytest.raises(LorakitError, match="'ghost'"):
         open_checkpoint(edited(shards(tmp_path / "b", content), ghost="model-00001-of-00003.safetensors"))
     with pytest.raises(LorakitError, match="'w0' in model-00002"):
         open_checkpoint(edited(shards(tmp_path / "c", content), w0="model-00002-of-00003.safetensors"))
     path = shards(tmp_path / "d", content)
-    save_file({"w0": content["w0"], "w2": torch.zeros(1), "w3": torch.zeros(1)}, path / "model-00002-of-00003.safetensors")
+    save_file(
+        {"w0": content["w0"], "w2": torch.zeros(1), "w3": torch.zeros(1)}, path / "model-00002-of-00003.safetensors"
+    )
     with pytest.raises(LorakitError, match=r"'w0' is in model-00001-of-00003.safetensors and in model-00002"):
         open_checkpoint(path)
     for i, text in enumerate(["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}']):

@@ -141,7 +141,12 @@ def small(path: Path, seed: int = 0) -> Path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_what_is_killed_leaves_nothing_and_the_next_cleans_up(tmp_path):
     base, tuned = small(tmp_path / "base"), small(tmp_path / "tuned", seed=1)
-    names = {"base": base, "out": tmp_path / "to" / "out", "parent": tmp_path / "to", "adapter": tmp_path / "a.safetensors"}
+    names = {
+        "base": base,
+        "out": tmp_path / "to" / "out",
+        "parent": tmp_path / "to",
+        "adapter": tmp_path / "a.safetensors",
+    }
     names["parent"].mkdir()
     adapter, _ = extract(base, tuned, rank=1)
     lk.write(adapter, names["adapter"])

@@ -1,8 +1,8 @@
 """The largest singular directions of a large matrix, without its whole decomposition.
 
-A few random mixtures of the columns span nearly what the largest singular directions span; multiplying by W·Wᵀ makes the
-large ones stand out more, and in that small space the decomposition is cheap (Halko, Martinsson & Tropp 2011, "Finding
-structure with randomness", arXiv:0909.4061, algorithms 4.4 and 5.1). How good it is, is not trusted but measured.
+A few random mixtures of the columns span nearly what the largest singular directions span. Multiplying by W·Wᵀ makes
+the large ones stand out more, and in that small space the decomposition is cheap (Halko, Martinsson & Tropp 2011,
+"Finding structure with randomness", arXiv:0909.4061, algorithms 4.4 and 5.1). How good it is, is measured.
 """
 
 import math
@@ -59,8 +59,8 @@ def approximate(
 ) -> Decomposition:
     """W ≈ B·A at the smallest rank that meets the bounds; by random sampling where W is large and the rank small.
 
-    Several bounds hold together: the smallest rank counts. Without any, and with energy=1 or error=0, it is the numerical
-    rank: singular values of at most max(d, k)·ε·σ₁ are rounding.
+    Several bounds hold together: the smallest rank counts. Without any, and with energy=1 or error=0, it is the
+    numerical rank: singular values of at most max(d, k)·ε·σ₁ are rounding.
 
     Args:
         W: (d, k), real and floating-point.
@@ -80,7 +80,7 @@ def approximate(
     least = min(M.shape)
     rank = None if rank is None else min(rank, least)
     bounded = energy is not None or error is not None or rank is None
-    # Bounds on what is left bound the rank from below each; the smallest rank is that of the loosest.
+    # Of two shares that may be left out, the larger makes for the smaller rank.
     shares = [1.0 - energy] if energy is not None else []
     shares += [error**2] if error is not None else []
     share = max(shares, default=0.0)
@@ -89,9 +89,8 @@ def approximate(
         found = randomized_svd(M, size, seed=seed)
         if not bounded:
             return found
-        allowed = _allowed(M, found.singular_values, share)
-        if found.error <= allowed:
-            return _cut(M, found, allowed)
+        if found.error <= _allowed(M, share) or float(found.singular_values[-1]) <= _rounding(M, found.singular_values):
+            return _cut(M, found, share)
         if size == rank:
             return found
         size = min(2 * size, rank or least)
@@ -99,9 +98,10 @@ def approximate(
     check_overflow(values, "W")
     most = len(values) if rank is None else rank
     root = values[:most].sqrt()
-    whole = Decomposition(U[:, :most] * root, root[:, None] * Vh[:most], math.hypot(*values[most:].tolist()), values)
+    B, A = (U[:, :most] * root).contiguous(), (root[:, None] * Vh[:most]).contiguous()
+    whole = Decomposition(B, A, math.hypot(*values[most:].tolist()), values)
     del U, Vh
-    return _cut(M, whole, _allowed(M, values, share) if bounded else 0.0)
+    return _cut(M, whole, share) if bounded else whole._replace(error=residual(M, whole.B, whole.A))
 
 
 def residual(M: Tensor, B: Tensor, A: Tensor) -> float:
@@ -119,7 +119,7 @@ def _largest(M: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, 
     size = min(rank + _EXTRA, *M.shape)
     generator = torch.Generator("cpu").manual_seed(seed)
     mixtures = torch.randn(M.shape[1], size, generator=generator).to(M)
-    # Scaled to one, so that no product of W with itself overflows.
+    # Orthonormal after every product, so that small directions are not lost beside the large ones.
     Q = torch.linalg.qr(M @ mixtures).Q
     for _ in range(iterations):
         Q = torch.linalg.qr(M.mT @ Q).Q
@@ -128,16 +128,21 @@ def _largest(M: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, 
     return Q @ U[:, :rank], values[:rank], Vh[:rank]
 
 
-def _allowed(M: Tensor, values: Tensor, share: float) -> float:
-    """The error that may be left, as a norm: what was asked for, and at least what is rounding."""
-    rounding = max(M.shape) * torch.finfo(M.dtype).eps * float(values[0])
-    return max(rounding, math.sqrt(share) * float(torch.linalg.vector_norm(M)))
+def _allowed(M: Tensor, share: float) -> float:
+    """The error that may be left, as a norm."""
+    return math.sqrt(share) * float(torch.linalg.vector_norm(M))
 
 
-def _cut(M: Tensor, found: Decomposition, allowed: float) -> Decomposition:
-    """The smallest rank that leaves no more than is allowed, measured again; at least 1."""
+def _rounding(M: Tensor, values: Tensor) -> float:
+    """Up to which size a singular value may be mere rounding, as `Spectrum.default_rtol` has it for these dtypes."""
+    return max(M.shape) * torch.finfo(M.dtype).eps * float(values[0])
+
+
+def _cut(M: Tensor, found: Decomposition, share: float) -> Decomposition:
+    """The smallest rank that leaves no more than this share of the square, and rounding; at least 1; measured again."""
     values, r, left = found.singular_values.tolist(), found.B.shape[1], found.error
-    while r > 1 and (more := math.hypot(left, values[r - 1])) <= allowed:
+    rounding, allowed = _rounding(M, found.singular_values), _allowed(M, share)
+    while r > 1 and ((more := math.hypot(left, values[r - 1])) <= allowed or values[r - 1] <= rounding):
         r, left = r - 1, more
     B, A = found.B[:, :r].contiguous(), found.A[:r].contiguous()
     return Decomposition(B, A, residual(M, B, A), found.singular_values)
