@@ -2,6 +2,7 @@
 
 from lorakit.layers import attention, recurrent, transformer  # noqa: F401
 from lorakit.layers.adapters import AdaptedWeight, Adapters, Mode, Update
+from lorakit.layers.attention import PROJECTIONS
 from lorakit.layers.bilinear import Bilinear
 from lorakit.layers.choice import RowChoice, Selection, scalar
 from lorakit.layers.convolution import Convolution, TransposedConvolution
@@ -51,6 +52,7 @@ KINDS: tuple[type[Kind], ...] = (
 
 __all__ = [
     "KINDS",
+    "PROJECTIONS",
     "AdaptedWeight",
     "Adapters",
     "Bilinear",
