@@ -60,7 +60,7 @@ def onto(adapter: Adapter, base: Checkpoint, *, check_values: bool) -> Onto:
             try:
                 kinds[name] = _kind(weight, base[name].shape, turned)
             except LorakitError as error:
-                problems.append(f"{weight.name!r}: {error}")
+                problems.append(str(error))  # which names the weight
     usual = adapter.variant
     if kinds:
         usual = usual.fit([kind.matrix_shape(_outline(base, name)) for name, kind in kinds.items()])

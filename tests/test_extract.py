@@ -234,7 +234,7 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(3)
 
 
-def test_a_live_model_says_how_its_weights_are_seen():
+def test_a_live_model_says_how_its_weights_are_seen(tmp_path):
     base, tuned = Net(), Net()
     with torch.no_grad():
         for parameter in tuned.parameters():
@@ -253,6 +253,9 @@ def test_a_live_model_says_how_its_weights_are_seen():
     for name, parameter in base.named_parameters():
         got = float((parameter - dict(tuned.named_parameters())[name]).detach().norm())
         assert got == pytest.approx(errors[name], rel=1e-3, abs=1e-4), name
+    merge_checkpoint(Net(), adapter, tmp_path / "x.safetensors")
+    for name, tensor in load_file(tmp_path / "x.safetensors").items():
+        assert torch.equal(tensor, base.state_dict()[name]), name
 
 
 def test_progress_is_in_bytes_and_the_same_comes_out_twice(tmp_path):

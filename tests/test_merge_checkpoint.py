@@ -132,8 +132,10 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path):
     wrong["model.layers.1.mlp.gate_proj.weight"] = wrong["model.layers.1.mlp.gate_proj.weight"].to(torch.int8)
     refused(wrong, adapter, tmp_path, "(3, 3)", "other values", "bfloat16", "verify='off'", "int8")
     first, *rest = adapter.weights
-    bad = dict(first.tensors) | {"A": first.tensors["A"] * float("nan"), "B": first.tensors["B"][:3]}
-    refused(base, adapter.with_weights([first._replace(tensors=bad), *rest]), tmp_path, "NaN", "shape (3, 2)")
+    second, *others = rest
+    nan = first._replace(tensors=first.tensors | {"A": first.tensors["A"] * float("nan")})
+    short = second._replace(tensors=second.tensors | {"B": second.tensors["B"][:3]})
+    refused(base, adapter.with_weights([nan, short, *others]), tmp_path, "NaN", first.name, "B (3, 2)", second.name)
     refused(base, adapter.with_weights([first, first, *rest]), tmp_path, "twice")
     huge = dict(first.tensors) | {"A": first.tensors["A"] * 1e30, "B": first.tensors["B"] * 1e30}
     refused(base, adapter.with_weights([first._replace(tensors=huge), *rest]), tmp_path, "NaN or infinity", first.name)
