@@ -1,16 +1,19 @@
-# make demo: the digits experiment · make test: the tests · make check: lint and types · make tables: the README's table
+# make demo: the digits experiment · make test: the tests · make slow: those on gigabytes · make check: lint and types · make tables: the README's table
 # make bench: what adapters cost, against the floor and other libraries (ONLY="switch llama" for some, DEVICE=cuda)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check tables bench clean
+.PHONY: demo test slow check tables bench clean
 
 demo: .venv/digits.stamp
 	$(BIN)/lorakit digits --out runs/digits
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -q -n 2
+
+slow: .venv/dev.stamp
+	$(BIN)/python -m pytest -q -s -m slow
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

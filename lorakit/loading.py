@@ -128,7 +128,7 @@ def _take(left: dict[str, Tensor], entry: WeightEntry, choice: Choice, problems:
         value = left.pop(key, None)
         if value is not None:
             values[tensor] = value
-        problem = _tensor_problem(key, value, shape)
+        problem = tensor_problem(key, value, shape)
         if problem is not None:
             problems.append(problem)
     dtypes = {value.dtype for value in values.values()}
@@ -163,7 +163,8 @@ def _variant_at(place: Place, variant: Variant) -> Variant:
     return replace(variant, **{"dropout": 0.0}) if drops else variant
 
 
-def _tensor_problem(key: str, value: Tensor | None, shape: tuple[int, ...]) -> str | None:
+def tensor_problem(key: str, value: Tensor | None, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a tensor of an adapter that should have this shape; None if nothing."""
     if value is None:
         return f"{key!r} is missing"
     if value.shape != shape:

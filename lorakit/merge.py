@@ -90,7 +90,7 @@ def merge(model: nn.Module, choice: Choice | None = None, *, dequantize: bool | 
         else:
             _put(root, site, result, tied=site.name in untied)
         assert norms is not None
-        rows.append(_row(site.name, norms))
+        rows.append(merged_weight(site.name, norms))
     report = MergeReport(tuple(rows), dropped, untied)
     _warn(report)
     return report
@@ -257,7 +257,8 @@ def _dense(result: Tensor | Requantized | nn.Linear) -> Tensor:
     return result.dense if isinstance(result, Requantized) else result.weight
 
 
-def _row(name: str, norms: Norms) -> MergedWeight:
+def merged_weight(name: str, norms: Norms) -> MergedWeight:
+    """What a report says of these norms."""
     change = norms.change / norms.weight if norms.weight else float("inf")
     return MergedWeight(name, change, norms.lost / norms.change if norms.change else 0.0)
 

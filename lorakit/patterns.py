@@ -29,7 +29,7 @@ def patterns_of(given: Targets, argument: str) -> list[Pattern]:
     return patterns  # type: ignore[return-value]
 
 
-def _by_name(pattern: Pattern) -> Callable[[str], bool] | None:
+def by_name(pattern: Pattern) -> Callable[[str], bool] | None:
     """A test of dotted names; None for a pattern that looks at modules."""
     if isinstance(pattern, re.Pattern):
         return lambda name: pattern.search(name) is not None
@@ -47,7 +47,7 @@ def is_glob(pattern: Pattern) -> bool:
 
 def matches(index: Index, pattern: Pattern) -> list[tuple[int, str | None]]:
     """What a pattern selects: (module, None) for a layer, (module, parameter) for a parameter. Never empty."""
-    named, linear = _by_name(pattern), isinstance(pattern, str) and pattern == "all-linear"
+    named, linear = by_name(pattern), isinstance(pattern, str) and pattern == "all-linear"
     found: list[tuple[int, str | None]] = []
     for key, module in index.modules.items():
         if linear:

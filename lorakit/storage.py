@@ -32,7 +32,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise LorakitError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -57,14 +57,14 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             write_whole(beside / name, content)
         os.replace(beside, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise LorakitError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make a rename survive a power cut, where the system lets a directory be opened."""
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

@@ -185,6 +185,8 @@ def checked_matrix(W: Tensor, name: str = "W") -> Tensor:
         M = W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
     except NotImplementedError as error:  # two 4-bit numbers packed in one byte
         raise LorakitError(f"{name} holds {W.dtype}, which torch cannot convert; unpack it to numbers first") from error
+    if math.isfinite(torch.linalg.vector_norm(M)):  # one number, where `isfinite` needs as much memory as W again
+        return M
     finite = torch.isfinite(M)
     if not finite.all():
         nan = int(torch.isnan(M).sum())

@@ -2,7 +2,7 @@
 
 from lorakit.variants.adalora import AdaLoRA, TripletUpdate
 from lorakit.variants.dora import DoRA
-from lorakit.variants.full import Full, Rows
+from lorakit.variants.full import Full, FullUpdate, Rows
 from lorakit.variants.loha import LoHa
 from lorakit.variants.lokr import LoKr
 from lorakit.variants.lora import LoRA, LowRankParametrization, SubtractedUpdate
@@ -20,6 +20,7 @@ __all__ = [
     "Evidence",
     "FactoredUpdate",
     "Full",
+    "FullUpdate",
     "LoHa",
     "LoKr",
     "LoRA",

@@ -1,0 +1,208 @@
+"""A checkpoint of any module by its names: shapes, dtypes and places. Values are read one tensor at a time."""
+
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.fingerprint import whole
+from lorakit.shards import Shard, Stored
+
+PIECE = 2**22
+"""Bytes that are copied or compared at a time."""
+
+
+class Part(NamedTuple):
+    """One file of weights of a checkpoint, as it is or as it would be written."""
+
+    name: str
+    names: tuple[str, ...]
+    """Its tensors, in the order of their bytes."""
+    shard: Shard | None = None
+    """If it is a safetensors file."""
+    source: str | None = None
+    """The name of the file that it is now, if it is one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Names → shape, dtype and place, without the values of files. `open_checkpoint` makes one; it never changes."""
+
+    where: str
+    """What errors call it."""
+    tensors: Mapping[str, Stored]
+    parts: tuple[Part, ...]
+    folder: Path | None = None
+    """The directory whose other files belong to it."""
+    index: str | None = None
+    """The file there that says which shard holds what."""
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors of one that is in memory."""
+    model: nn.Module | None = None
+    """The module that it is the state of."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that are not stored, and the name that each is stored under."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own, contiguous on the CPU.
+
+        Raises:
+            LorakitError: there is none of that name, or its file has changed.
+        """
+        stored = self[name]
+        if stored.file is None:
+            return whole(self.memory[name].detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
+        if stored.strides is not None:
+            return self.peek(name).clone(memory_format=torch.contiguous_format)
+        try:
+            tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+            with stored.file.open("rb") as file:
+                file.seek(stored.begin)
+                got = file.readinto(raw(tensor)) if tensor.numel() else 0
+        except (OSError, RuntimeError, ValueError) as error:
+            raise LorakitError(f"cannot read {name!r} of {stored.file}: {error}") from None
+        if got != stored.bytes:
+            raise LorakitError(
+                f"cannot read {name!r} of {stored.file}: it has become shorter; do not change it meanwhile"
+            )
+        return tensor
+
+    def peek(self, name: str) -> Tensor:
+        """The tensor as it lies in the file, of which only what is looked at is loaded; not to be kept."""
+        stored = self[name]
+        if stored.file is None:
+            return self.memory[name].detach()
+        if not stored.bytes:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        try:
+            # Copy on write, so that torch takes it for writable; nobody writes.
+            import numpy as np
+
+            flat = np.memmap(stored.file, np.uint8, "c", stored.begin, (_span(stored) * stored.dtype.itemsize,))
+            numbers = torch.from_numpy(flat).view(stored.dtype)
+            return (
+                numbers.view(stored.shape)
+                if stored.strides is None
+                else numbers.as_strided(stored.shape, stored.strides)
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise LorakitError(f"cannot read {name!r} of {stored.file}: {error}") from None
+
+    def pieces(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of the tensor, a few at a time."""
+        stored = self[name]
+        if stored.file is None or stored.strides is not None:
+            bytes_ = memoryview(raw(self.read(name)))
+            yield from (bytes_[i : i + PIECE] for i in range(0, len(bytes_), PIECE))
+            return
+        try:
+            with stored.file.open("rb") as file:
+                file.seek(stored.begin)
+                for begin in range(0, stored.bytes, PIECE):
+                    piece = file.read(min(PIECE, stored.bytes - begin))
+                    if not piece:
+                        raise OSError("it has become shorter; do not change it meanwhile")
+                    yield piece
+        except OSError as error:
+            raise LorakitError(f"cannot read {name!r} of {stored.file}: {error}") from None
+
+    def tied(self, name: str) -> list[str]:
+        """The other names under which the same values are stored: not copies, the same memory or bytes."""
+        mine = self._place(name)
+        if mine is None:
+            return []
+        return [other for other in self.tensors if other != name and self._place(other) == mine]
+
+    def _place(self, name: str) -> object:
+        stored = self.tensors[name]
+        if stored.file is not None:
+            return (stored.file, stored.begin) if stored.bytes else None
+        tensor = self.memory[name]
+        return (tensor.device, tensor.data_ptr()) if stored.bytes and not hasattr(tensor, "full_tensor") else None
+
+    def __getitem__(self, name: str) -> Stored:
+        """Shape, dtype and place of a tensor."""
+        if name not in self.tensors:
+            raise LorakitError(f"{self.where} holds no {name!r}")
+        return self.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def largest(self) -> int:
+        """The bytes of its largest tensor."""
+        return max((stored.bytes for stored in self.tensors.values()), default=0)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(stored.bytes for stored in self.tensors.values())
+
+
+def in_memory(tensors: Mapping[str, Any], where: str, model: nn.Module | None = None) -> Checkpoint:
+    """The checkpoint that these tensors are.
+
+    Raises:
+        LorakitError: what is no tensor, or has no values.
+    """
+    problems, found = [], {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            problems.append(f"the key {name!r} is no text")
+        elif not isinstance(tensor, Tensor):
+            problems.append(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+        elif tensor.is_meta:
+            problems.append(f"{name!r} is on 'meta' and has no values")
+        elif tensor.layout != torch.strided or tensor.is_quantized:
+            problems.append(f"{name!r} is {tensor.layout}, {tensor.dtype}; only plain tensors can be read")
+        else:
+            found[name] = tensor
+    check(where, problems, found)
+    stored = {name: Stored(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
+    return Checkpoint(where, stored, (Part("model.safetensors", tuple(stored)),), memory=found, model=model)
+
+
+def check(where: str, problems: list[str], found: Sized) -> None:
+    """One error that lists what is wrong with a checkpoint, if anything is.
+
+    Raises:
+        LorakitError: something is, or it holds nothing.
+    """
+    if not problems and not found:
+        problems = ["it holds no tensor"]
+    if problems:
+        raise LorakitError(listed(f"{where} is no checkpoint that can be used:", problems))
+
+
+def listed(title: str, problems: list[str], most: int = 40) -> str:
+    """Problems under a title, each on a line, and how many more there are."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join([title, *(f"\n  - {problem}" for problem in [*problems[:most], *more])])
+
+
+def raw(tensor: Tensor) -> Any:
+    """The bytes of a contiguous tensor on the CPU, to read or to write."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else bytearray()
+
+
+def same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether both hold the same bytes under this name; both must have it in one shape and dtype."""
+    return all(bytes(a) == bytes(b) for a, b in zip(one.pieces(name), other.pieces(name), strict=True))
+
+
+def _span(stored: Stored) -> int:
+    """How many numbers it lies over in the file."""
+    if stored.strides is None:
+        return torch.Size(stored.shape).numel()
+    return sum((size - 1) * stride for size, stride in zip(stored.shape, stored.strides, strict=True)) + 1
