@@ -44,7 +44,12 @@ def read(
 
 
 def renamed_for(
-    adapter: Adapter, names: Sequence[str] | nn.Module, *, part: str | None = None, heads: int | None = None
+    adapter: Adapter,
+    names: Sequence[str] | nn.Module,
+    *,
+    part: str | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
 ) -> Adapter:
     """The adapter with the names of a model's layers, where its file had others: flattened, numbered, of a pipeline.
 
@@ -52,7 +57,8 @@ def renamed_for(
         adapter: what `read` gave.
         names: the model, or the names of its parameters.
         part: which model of a pipeline it is, if the adapter is about several.
-        heads: attention heads, if the model has no config that says it.
+        heads: attention heads, if the model has no config that says it; and
+        kv_heads: those of keys and values, if there are fewer.
 
     Raises:
         LorakitError: names that fit no layer, or several: all of them in one error.
@@ -60,7 +66,7 @@ def renamed_for(
     from lorakit.formats import Known, Names, resolved
 
     target = Names.of_model(names) if isinstance(names, nn.Module) else Names.of_list(names)
-    return resolved(adapter, target, Known(heads=heads, part=part))
+    return resolved(adapter, target, Known(heads=heads, kv_heads=kv_heads, part=part))
 
 
 def write(

@@ -466,6 +466,11 @@ def gguf_tensors(dtype=np.float32) -> dict[str, np.ndarray]:
     return found
 
 
+@torch.no_grad()
+def merged_inner(model: nn.Module) -> Tensor:
+    return model.model(IDS).last_hidden_state
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("alpha", [ALPHA, 0.0])
 def test_gguf_loads_to_what_llama_cpp_computes(alpha, dtype, tmp_path):
@@ -480,6 +485,16 @@ def test_gguf_loads_to_what_llama_cpp_computes(alpha, dtype, tmp_path):
     again, alpha_again = by_gguf(tmp_path / "b.gguf")
     assert_bits(dict(sorted(again.items())), dict(sorted(tensors.items())))
     assert alpha_again == alpha
+    write(renamed_for(read(path), model), tmp_path / "native")
+    in_hf = read(tmp_path / "native")
+    write(in_hf, tmp_path / "c.gguf", "gguf", arch="llama", heads=HEADS, kv_heads=GROUPS)
+    again, alpha_again = by_gguf(tmp_path / "c.gguf")
+    assert_bits(dict(sorted(again.items())), dict(sorted(tensors.items())))
+    assert alpha_again == alpha
+    inner = llama().model
+    lk.load(inner, path)
+    lk.merge(inner)
+    assert_close(inner(IDS).last_hidden_state, merged_inner(model), factor=10)
 
 
 CASES = {

@@ -112,7 +112,7 @@ def whole_parts(tensors: Mapping[str, Tensor]) -> list[Part]:
 
 def variant_of(
     path: str, problems: list[str], rank: int, alpha: Any, dropout: Any = 0.0, dora: bool = False
-) -> Variant:
+) -> LoRA | DoRA:
     """LoRA or DoRA with these; what is no rank, alpha or dropout is a problem."""
     try:
         return (DoRA if dora else LoRA)(rank, alpha, 0.0 if dropout is None else dropout)

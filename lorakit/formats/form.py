@@ -10,6 +10,7 @@ from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.names import Names
 from lorakit.header import Header
+from lorakit.variants.checks import checked_integer, checked_number
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class Known:
     """Which model of a pipeline is meant: "unet", "text_encoder"."""
     arch: str | None = None
     """The architecture, as GGUF calls it: "llama"."""
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None:
+            checked_number("alpha", self.alpha, above=0)
+        for name in ("heads", "kv_heads"):
+            if getattr(self, name) is not None:
+                checked_integer(name, getattr(self, name), at_least=1, at_most=2**12)
+        enabled = self.enabled
+        if enabled is not None and (not any(enabled) or not all(part in (True, False) for part in enabled)):
+            raise LorakitError(f"enabled={enabled!r} must say of each part whether it is adapted: (True, False, True)")
+        if enabled is not None:
+            object.__setattr__(self, "enabled", tuple(map(bool, enabled)))
 
 
 @dataclass(frozen=True)

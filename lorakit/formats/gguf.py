@@ -30,7 +30,7 @@ from lorakit.formats.factors import (
 )
 from lorakit.formats.form import Format, Known, Written, no_place
 from lorakit.formats.gguf_file import gguf_bytes, package
-from lorakit.formats.llama import part_of, sizes_of_q
+from lorakit.formats.llama import joined, part_of, sizes_of_q, split
 from lorakit.formats.names import Names, checked, renamed
 from lorakit.formats.rope import heads_of, reordered, to_halves, to_pairs
 from lorakit.variants import Full
@@ -38,9 +38,12 @@ from lorakit.variants import Full
 _ENDINGS = {".lora_a": "A", ".lora_b": "B"}
 _EMBEDDING = "token_embd"
 _REORDERED = frozenset(
-    {"llama", "granite", "granitemoe", "arcee", "smollm3", "deci", "olmo", "olmoe", "xverse", "minicpm"}
+    {"llama", "deci", "granite", "granitemoe", "granitehybrid", "arcee", "smollm3", "olmo", "xverse", "minicpm"}
+    | {"arctic", "deepseek", "chameleon", "llada", "mistral3"}
 )
-"""Architectures whose rows of q and k llama.cpp's converter reorders."""
+"""Architectures with neighbours in a rotation there and halves in transformers: the converter reorders q and k."""
+_FUSED = frozenset({"baichuan", "internlm2", "bailingmoe"})
+"""The same where transformers has q, k and v in one weight, which is taken apart: not translated here."""
 _BLOCKS = 4096
 
 
@@ -113,6 +116,8 @@ def _arch(adapter: Adapter, known: Known) -> str:
 
 def _gguf_names(arch: str, layers: list[str], problems: list[str]) -> dict[str, str]:
     """Layers of transformers → their names in GGUF, of those that have one."""
+    if arch in _FUSED:
+        problems.append(f"{arch}: the rows of its q, k and v are taken apart and reordered, which is not done here")
     gguf = package("translating names to those of GGUF")
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in kinds:
@@ -124,7 +129,9 @@ def _gguf_names(arch: str, layers: list[str], problems: list[str]) -> dict[str, 
     table = gguf.get_tensor_name_map(kinds[arch], blocks)
     found = {}
     for layer in layers:
-        name = table.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        own = split(layer)
+        names = [layer] if own is None else [layer, joined(*own)]  # a model without its head has no "model." before
+        name = next((n for each in names if (n := table.get_name(f"{each}.weight", (".weight",))) is not None), None)
         if name is not None:
             found[layer] = name.removesuffix(".weight")
     return found

@@ -8,6 +8,7 @@ versions, has for each group its queries, its key and its value. How many rows a
 import io
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,10 @@ FUSED = re.compile(r"^transformer\.h\.\d+\.attn\.(qkv|attn)$")
 _OWN = re.compile(
     r"^transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\.(fc(_[12])?|proj|gate|experts\.\d+\.\w+))\.lora_[AB]$"
 )
+_MOST = 2**20
+"""Rows of a fused weight."""
+_LARGEST = 2**28
+"""Numbers in its B, once each part has columns of its own."""
 SWITCHES = ("lora_query", "lora_key", "lora_value")
 
 
@@ -100,7 +105,10 @@ def layout_of(path: str, enabled: tuple[bool, ...], heads: Heads, rows: int, all
         return f"{path!r}: {rows} rows are none of {q} heads and {kv} groups, of which q, k, v are adapted: {enabled}"
     if heads.size is not None and rows // total != heads.size:
         return f"{path!r}: its heads have {rows // total} rows, and {heads.size} in the model's config"
-    return Fused.of(path, enabled, q, kv, rows // total)
+    size = rows // total
+    if (q + 2 * kv) * size > _MOST:
+        return f"{path!r}: {q} heads of {size} rows are more than any weight has"
+    return Fused.of(path, enabled, q, kv, size)
 
 
 def read_litgpt(content: Content, known: Known) -> Adapter:
@@ -113,41 +121,52 @@ def read_litgpt(content: Content, known: Known) -> Adapter:
     if "lora_alpha" in config and known.alpha is not None:
         problems.append("its hyperparameters.yaml says its alpha: leave alpha= away")
     missing = ["alpha"] if alpha is None else []
+    if any(FUSED.match(path) for path in groups):
+        missing += [name for name, value in (("enabled", enabled), ("heads", heads.q)) if value is None]
     parts = []
     for path, found in groups.items():
-        problem = factor_problem(path, found)
-        if problem is not None:
-            problems.append(problem)
+        factors = _factors(path, found, enabled, heads, config.get("lora_r"))
+        if isinstance(factors, str):
+            problems.append(factors)
             continue
-        A, B = found["A"], found["B"]
-        n, r = A.shape[0] // B.shape[1], B.shape[1]
-        fused = FUSED.match(path) is not None
-        if A.shape[0] % B.shape[1] or not 1 <= n <= (3 if fused else 1):
-            problems.append(f"{path!r}: A {tuple(A.shape)}, B {tuple(B.shape)} are no factors")
-            continue
-        if fused and enabled is not None and sum(enabled) != n:
-            problems.append(f"{path!r}: {n} of q, k, v are adapted, and {enabled} says {sum(enabled)}")
-            continue
-        if "lora_r" in config and config["lora_r"] != r:
-            problems.append(f"{path!r}: its rank is {r}, and lora_r is {config['lora_r']!r}")
-        if fused and (enabled is None or heads.q is None):
-            missing += ["enabled"] if enabled is None else []
-            missing += ["heads"] if heads.q is None else []
-            B = torch.block_diag(*B.tensor_split(n))  # to look at: which rows of the weight they are is not known
-        elif fused and enabled is not None:
-            layout = layout_of(path, enabled, heads, B.shape[0], all_rows=False)
-            if isinstance(layout, str):
-                problems.append(layout)
-                continue
-            B = layout.whole(B)
-        scaled = alpha * n if isinstance(alpha, int | float) and n > 1 else alpha
-        dropout = config.get("lora_dropout", 0.0)
-        parts.append(Part(path, variant_of(path, problems, n * r, scaled, dropout), {"A": A, "B": B}))
+        A, B, n = factors
+        variant = variant_of(path, problems, A.shape[0] // n, alpha, config.get("lora_dropout", 0.0))
+        if n > 1:
+            more = None if variant.alpha is None else variant.alpha * n
+            variant = replace(variant, rank=variant.rank * n, alpha=more)
+        parts.append(Part(path, variant, {"A": A, "B": B}))
     facts = {"heads": heads.q, "kv_heads": heads.kv or heads.q, "enabled": None if enabled is None else list(enabled)}
     parts += whole_parts(others)
-    missing = list(dict.fromkeys(missing))
-    more = {"missing": tuple(missing), "naming": "litgpt", "facts": {"litgpt": facts}}
-    return adapter_of(content, "litgpt", parts, problems, **more)
+    rest = {"missing": tuple(missing), "naming": "litgpt", "facts": {"litgpt": facts}}
+    return adapter_of(content, "litgpt", parts, problems, **rest)
+
+
+def _factors(
+    path: str, found: Mapping[str, Tensor], enabled: tuple[bool, ...] | None, heads: Heads, rank: Any
+) -> tuple[Tensor, Tensor, int] | str:
+    """A, B and how many parts they are of; B of all rows, if they are of a fused weight. Or what is wrong."""
+    problem, fused = factor_problem(path, found), FUSED.match(path) is not None
+    if problem is not None:
+        return problem
+    A, B = found["A"], found["B"]
+    n, r = A.shape[0] // B.shape[1], B.shape[1]
+    if A.shape[0] % r or not 1 <= n <= (3 if fused else 1):
+        return f"{path!r}: A {tuple(A.shape)}, B {tuple(B.shape)} are no factors"
+    if rank is not None and rank != r:
+        return f"{path!r}: its rank is {r}, and lora_r is {rank!r}"
+    if not fused:
+        return A, B, 1
+    if enabled is not None and sum(enabled) != n:
+        return f"{path!r}: {n} of q, k, v are adapted, and {enabled} says {sum(enabled)}"
+    if enabled is None or heads.q is None:
+        return A, torch.block_diag(*B.tensor_split(n)), n  # to look at: which rows of the weight they are is not known
+    layout = layout_of(path, enabled, heads, B.shape[0], all_rows=False)
+    if isinstance(layout, str):
+        return layout
+    rows = sum(map(len, layout.own))
+    if rows * A.shape[0] > _LARGEST:
+        return f"{path!r}: a rank of {A.shape[0]} for {rows} rows is no adapter's"
+    return A, layout.whole(B), n
 
 
 def _enabled(config: Mapping[str, Any], known: Known, problems: list[str]) -> tuple[bool, ...] | None:

@@ -112,7 +112,9 @@ def _fused(small: list[Factors], problems: list[str]) -> tuple[dict[str, Pair], 
         elif block is None or (rest not in QKV and rest not in _FROM_HF):
             problems.append(f"{each.path!r} has no name in LitGPT that is known")
         else:
-            blocks.setdefault(block, {})[rest] = (each.A, each.B)
+            if rest in blocks.setdefault(block, {}):
+                problems.append(f"{each.path!r} is there under another name too")
+            blocks[block][rest] = (each.A, each.B)
     rows = {name: pair[1].shape[0] for mine in blocks.values() for name, pair in mine.items() if name in QKV}
     for block, mine in blocks.items():
         before = f"transformer.h.{block}."

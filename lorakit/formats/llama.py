@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 
 from lorakit.formats.names import Names
 
-_OWN = re.compile(r"^(?:(?:.*\.)?layers\.(\d+)\.(.+)|(?:.*\.)?(lm_head|embed_tokens))$")
+_LANGUAGE = r"(?:(?:model|language_model|text_model)\.)*"
+"""What may be before the layers of a language model; a vision tower has layers of the same names."""
+_OWN = re.compile(rf"^{_LANGUAGE}(?:layers\.(\d+)\.(.+)|(lm_head|embed_tokens))$")
 _QK = re.compile(r"^(.*layers\.\d+\.self_attn)\.([qk])_proj$")
 
 

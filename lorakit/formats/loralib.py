@@ -137,7 +137,7 @@ def _in_model(
     if isinstance(layer, nn.modules.conv._ConvNd):
         return _convolution(weight, layer, facts, problems)
     enabled = facts.get("enabled") if _are_parts(facts.get("enabled")) else None
-    rows = getattr(layer, "out_features", None)
+    rows = getattr(layer, "out_features", getattr(layer, "nf", None))  # nf of transformers' Conv1D
     if enabled and sum(enabled) == 1 and entry.path not in facts["merged"] and rows != B.shape[0]:
         facts["merged"] = {**facts["merged"], entry.path: list(enabled)}
         B = _blocks(B, 1, list(enabled))

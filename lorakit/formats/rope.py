@@ -69,7 +69,7 @@ def heads_of(config: Mapping[str, Any], known: Known) -> Heads:
 def _count(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of these that is a number of something; transformers' name first, then LitGPT's."""
     found = (config.get(name) for name in names)
-    return next((v for v in found if isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**24), None)
+    return next((v for v in found if isinstance(v, int) and not isinstance(v, bool) and 0 < v <= 2**12), None)
 
 
 def with_heads(known: Known, config: Mapping[str, Any]) -> Known:

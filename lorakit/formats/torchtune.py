@@ -7,6 +7,7 @@ that B is reordered between them, but for the families that torchtune rotates in
 import io
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -130,6 +131,8 @@ def write_torchtune(adapter: Adapter, known: Known) -> Written:
     }
     paths = {w.entry.path: own.get(w.entry.path) or _from_hf(w.entry.path) for w in adapter.weights}
     problems += [f"{path!r} has no name in torchtune that is known" for path, name in paths.items() if name is None]
+    count = Counter(paths.values())
+    problems += [f"{path!r} is {name!r}, and so is another" for path, name in paths.items() if name and count[name] > 1]
     if not own and not (known.arch or "").startswith(_HALVES):
         turned = reordered(adapter.weights, part_of, heads_of({}, known), to_pairs, problems)
         adapter = adapter.with_weights(turned)
