@@ -7,15 +7,19 @@ train(model)
 lk.save(model, "adapters/sql", name="sql")
 """
 
-from lorakit.adapter import Adapter
+from lorakit.adapter import Adapter, weighted_sum
 from lorakit.algebra import decompose, numerical_rank
+from lorakit.arithmetic import dare, resize, ties
 from lorakit.attach import attach, detach, plan, remove
 from lorakit.budget import RankBudget
 from lorakit.combine import combine
+from lorakit.comparison import compare
 from lorakit.errors import LorakitError
 from lorakit.exchange import read, renamed_for, write
 from lorakit.files import adapter_state_dict, adapter_value, load, save
 from lorakit.flat import flat_parameter
+from lorakit.inspection import inspect
+from lorakit.measures import amplification, intruders, norm, overlap, spectrum
 from lorakit.merge import merge, merged
 from lorakit.probe import probe
 from lorakit.resident import adapter_parameter_groups, adapter_parameters, adapters, set_trainable
@@ -45,23 +49,34 @@ __all__ = [
     "adapter_state_dict",
     "adapter_value",
     "adapters",
+    "amplification",
     "attach",
     "combine",
+    "compare",
+    "dare",
     "decompose",
     "detach",
     "disabled",
     "flat_parameter",
+    "inspect",
+    "intruders",
     "load",
     "merge",
     "merged",
+    "norm",
     "numerical_rank",
+    "overlap",
     "per_row",
     "plan",
     "probe",
     "read",
     "remove",
     "renamed_for",
+    "resize",
     "save",
     "set_trainable",
+    "spectrum",
+    "ties",
+    "weighted_sum",
     "write",
 ]

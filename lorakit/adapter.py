@@ -1,14 +1,19 @@
 """An adapter as a value: its weights and their tensors, without a model."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lorakit.algebra.low_rank import concatenate, recompress
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, Header, WeightEntry, file_key
-from lorakit.variants import Variant
+from lorakit.layers import accumulation_dtype
+from lorakit.variants import Full, LoRA, Rows, Variant
 
 LOOKUPS = frozenset({"Embedding", "EmbeddingBag", "ReadEmbedding"})
 """The kinds whose inputs are indices, by the names of their classes."""
@@ -54,6 +59,22 @@ class AdapterWeight(NamedTuple):
             variant = self.variant
             raise LorakitError(f"{self.name!r}: {type(variant).__name__} {variant.no_product}; merge it instead")
         return found
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        """As `product`, in at least 32 bits, and without what the factors hold of a column that no update changes."""
+        B, A = (factor.to(accumulation_dtype(factor.dtype)) for factor in self.product())
+        if self.entry.padding_idx is not None:
+            A = A.index_fill(-1, torch.tensor(self.entry.padding_idx, device=A.device), 0.0)
+        return B, A
+
+    def with_factors(self, B: Tensor, A: Tensor) -> "AdapterWeight":
+        """The same weight with ΔW = B·A, given as matrices, as LoRA with a scale of 1."""
+        inner = 2 if self.stacked else 1
+        old_A, old_B = self.tensors.get("A"), self.tensors.get("B")
+        if old_A is not None and old_B is not None:  # in the layer's own axes
+            A = A.reshape(*A.shape[:inner], *old_A.shape[inner:])
+            B = B.reshape(*B.shape[: inner + 1], *old_B.shape[inner + 1 :])
+        return self._replace(variant=LoRA(rank=B.shape[inner]), tensors={"A": A, "B": B})
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +143,24 @@ class Adapter:
         """How many numbers it holds."""
         return sum(tensor.numel() for weight in self.weights for tensor in weight.tensors.values())
 
+    def __add__(self, other: "Adapter") -> "Adapter":
+        """ΔW of both together, exactly: a new adapter whose factors are theirs side by side."""
+        return weighted_sum([(self, 1.0), (other, 1.0)]) if isinstance(other, Adapter) else NotImplemented
+
+    def __sub__(self, other: "Adapter") -> "Adapter":
+        """ΔW of this one less that of the other."""
+        return weighted_sum([(self, 1.0), (other, -1.0)]) if isinstance(other, Adapter) else NotImplemented
+
+    def __mul__(self, factor: float) -> "Adapter":
+        """Factor·ΔW."""
+        return weighted_sum([(self, factor)]) if isinstance(factor, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Adapter":
+        """−ΔW: what the adapter does, undone."""
+        return weighted_sum([(self, -1.0)])
+
     def __repr__(self) -> str:
         return (
             f"Adapter({self.name!r}, {self.variant}, {len(self.weights)} weights, {self.parameters:,} numbers, "
@@ -152,6 +191,87 @@ def check_known(adapter: Adapter) -> None:
             f"{adapter.name!r} was read from a file of {adapter.format}, which does not hold its "
             f"{' and '.join(adapter.missing)}, and it is never guessed: give {what}"
         )
+
+
+def weighted_sum(terms: Mapping[Adapter, float] | Iterable[tuple[Adapter, float]], name: str | None = None) -> Adapter:
+    """Σ weight·ΔW of adapters as a new one, exactly: their factors side by side, scales and weights in B.
+
+    B·A is never formed. What does not adapt a weight counts as zero there. With one adapter and a weight of 1, its own
+    tensors are kept, whatever its method; else ΔW must be a product of two thin factors. Dropout is not kept.
+
+    Args:
+        terms: {adapter: weight}, or pairs of them: {a: 0.7, b: -0.3}.
+        name: of the new adapter; by default that of the first.
+
+    Raises:
+        LorakitError: nothing to add, a scale that is not known, a weight that is not finite, products that do not have
+            one shape, or adapters of different bases: all of it in one error.
+    """
+    factors: dict[Adapter, float] = {}
+    for adapter, factor in terms.items() if isinstance(terms, Mapping) else terms:
+        check_known(adapter)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+            raise LorakitError(f"the weight of {adapter.name!r} is {factor!r}; it must be a finite number")
+        factors[adapter] = factors.get(adapter, 0.0) + float(factor)
+    if not factors:
+        raise LorakitError("nothing to add: give adapters, with weights")
+    acting = {adapter: factor for adapter, factor in factors.items() if factor} or dict([next(iter(factors.items()))])
+    first = next(iter(acting))
+    if len(acting) == 1 and acting[first] == 1:
+        return replace(first, name=first.name if name is None else name)
+    where: dict[str, list[tuple[AdapterWeight, float]]] = {}
+    for adapter, factor in acting.items():
+        for weight in adapter.weights:
+            where.setdefault(weight.name, []).append((weight, factor))
+    problems = [f"{a.name!r} has names as {a.naming or 'a model'} has them" for a in acting if a.naming != first.naming]
+    problems += [problem for found in where.values() for problem in unlike([weight for weight, _ in found])]
+    weights = []
+    for found in [] if problems else where.values():
+        try:
+            weights.append(summed(found))
+        except LorakitError as error:
+            problems.append(str(error))
+    check(f"the sum of {', '.join(repr(adapter.name) for adapter in acting)}", problems)
+    return first.with_weights(
+        weights,
+        name=first.name if name is None else name,
+        variant=usual(weights),
+        format="lorakit",
+        ours=all(adapter.ours for adapter in acting),
+        left_out=tuple(what for adapter in acting for what in adapter.left_out),
+    )
+
+
+def unlike(weights: list[AdapterWeight]) -> list[str]:
+    """Why what several adapters do to one weight cannot be added up."""
+    found = []
+    first = weights[0].entry
+    for field_name in ("slices", "kind", "shape", "sample"):
+        values = {getattr(weight.entry, field_name) for weight in weights} - {None}
+        if len(values) > 1:
+            seen = " and ".join(sorted(map(str, values)))
+            what = "was adapted on different bases" if field_name == "sample" else f"has a {field_name} of {seen}"
+            found.append(f"{first.name!r} {what}")
+    return found
+
+
+def summed(terms: list[tuple[AdapterWeight, float]]) -> AdapterWeight:
+    """The sum in one weight."""
+    (first, factor), *others = terms
+    if not others and factor == 1:
+        return first
+    pairs, inner = [weight.update() for weight, _ in terms], 2 if first.stacked else 1
+    B, A = concatenate(pairs, [factor for _, factor in terms])
+    if B.shape[inner] > min(B.shape[-2], A.shape[-1]):  # a sum of many ranks has no more than the matrix
+        B, A, _, _ = recompress(B, A)
+    return first.with_factors(B, A)
+
+
+def usual(weights: Iterable[AdapterWeight]) -> Variant:
+    """The variant that most weights have, of those that have factors if any do."""
+    counts = Counter(weight.variant for weight in weights)
+    thin = {variant: n for variant, n in counts.items() if not isinstance(variant, Full | Rows)} or counts
+    return max(thin, key=lambda variant: thin[variant])
 
 
 def _gathered(header: Header, entry: WeightEntry, left: dict[str, Tensor]) -> AdapterWeight:

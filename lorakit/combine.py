@@ -1,53 +1,17 @@
 """Adapters as values: a weighted sum of some as a new one, computed from their factors alone."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from lorakit.algebra.low_rank import Pair, check_bounds, concatenate, recompress
+from lorakit.algebra.low_rank import Pair, check_bounds, concatenate, product_norm, recompress
+from lorakit.arithmetic import ResizedWeight, ResizeReport
 from lorakit.change import Addition, add
 from lorakit.errors import LorakitError
 from lorakit.layers import accumulation_dtype, outline
 from lorakit.state import Site, State, check_addition, check_complete, require, sites
 from lorakit.sums import is_finite
 from lorakit.switch import Choice, strengths_of
-from lorakit.tables import shape, table
 from lorakit.variants import FactoredUpdate, LoRA, SubtractedUpdate
-
-
-@dataclass(frozen=True)
-class CombinedWeight:
-    """One weight of a combined adapter."""
-
-    name: str
-    size: tuple[int, ...]
-    """(d, k) of the weight as a matrix, (E, d, k) of a stack."""
-    whole: int
-    """The rank of the exact sum: all ranks together."""
-    rank: int
-    """The rank that it has."""
-    error: float
-    """‖ΔW − the exact sum‖ / ‖the exact sum‖ in Frobenius norm, from the singular values left out; 0 is exact."""
-
-
-@dataclass(frozen=True)
-class CombineReport:
-    """What `combine` made; `print` it for a table."""
-
-    name: str
-    weights: tuple[CombinedWeight, ...]
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the new adapter holds."""
-        return sum(
-            torch.Size(each.size[:-2]).numel() * each.rank * (each.size[-2] + each.size[-1]) for each in self.weights
-        )
-
-    def __str__(self) -> str:
-        rows = [[w.name, shape(w.size), str(w.whole), str(w.rank), f"{w.error:.3g}"] for w in self.weights]
-        return table(["weight", "matrix", "ranks", "rank", "error"], rows, right=("ranks", "rank", "error"))
 
 
 @torch.no_grad()
@@ -61,7 +25,7 @@ def combine(
     energy: float | None = None,
     error: float | None = None,
     trainable: bool = False,
-) -> CombineReport:
+) -> ResizeReport:
     """Add a new adapter whose ΔW is the weighted sum of the ΔW of others, each with its own scale in it.
 
     B·A is never formed. The sum is exact, its factors side by side and its rank the sum of ranks, unless `rank`,
@@ -108,13 +72,16 @@ def combine(
         whole, lost = B.shape[-1], 0.0
         bounded = (rank, energy, error) != (None, None, None)
         if bounded or whole > min(B.shape[-2], A.shape[-1]):  # a sum of many ranks has no more than the matrix
-            B, A, lost, _ = recompress(B, A, rank, energy=energy, error=error)
+            B, A, lost, values = recompress(B, A, rank, energy=energy, error=error)
+            norm = float(values.norm())
+        else:
+            norm = product_norm(B, A)
         additions.append(_addition(site, next(each for each in weights if each in site.adapted), B, A))
         size = (*B.shape[:-1], A.shape[-1])
-        rows.append(CombinedWeight(site.name, size, whole, B.shape[-1], lost))
+        rows.append(ResizedWeight(site.name, size, whole, B.shape[-1], lost, norm))
     variant = LoRA(rank=max(row.rank for row in rows))
     add(root, name, variant, additions, trainable=trainable)
-    return CombineReport(name, tuple(rows))
+    return ResizeReport(name, tuple(rows))
 
 
 def _problems(site: Site, state: State, names: list[str]) -> list[str]:

@@ -113,6 +113,7 @@ def load(
     alpha: float | None = None,
     enabled: Sequence[bool] | None = None,
     heads: int | None = None,
+    kv_heads: int | None = None,
     part: str | None = None,
 ) -> Plan:
     """Add an adapter from a file of any format that `read` knows, or one that is a value.
@@ -132,7 +133,8 @@ def load(
         format: the format of the file, if it is not to be found from its keys.
         alpha: as for `read`, where the file does not hold it; and so
         enabled: which parts of a fused projection are adapted;
-        heads: attention heads, if the model has no `config` that says it;
+        heads: attention heads, if the model has no `config` that says it; and
+        kv_heads: those of keys and values, if there are fewer;
         part: which model of a pipeline this is, if the file is about several.
 
     Returns:
@@ -147,9 +149,9 @@ def load(
     """
     if verify not in ("sample", "off"):
         raise LorakitError(f"verify={verify!r} must be 'sample' or 'off'")
-    from lorakit.formats import Known, Names, content_of, resolved  # most programs read no file
+    from lorakit.formats import Known, Names, content_of, resolved, with_heads  # most programs read no file
 
-    known = Known(alpha, None if enabled is None else tuple(enabled), heads, None, part)
+    known = Known(alpha, None if enabled is None else tuple(enabled), heads, kv_heads, part)
     if isinstance(path, Adapter):
         adapter: Adapter | None = path
         where = f"the adapter {path.name!r}"
@@ -157,8 +159,11 @@ def load(
         where = os.fspath(path)
         content, form = content_of(Path(path), format, known)
         if form.parts is not None:  # the model says of each tensor whether it fits, in one error
-            header, tensors = form.parts(content, known)
-        adapter = None if form.parts is not None else form.read(content, known)
+            adapter, (header, tensors) = None, form.parts(content, known)
+        else:
+            if "heads" in form.takes:
+                known = with_heads(known, Names.of_model(unwrapped(model)).config)
+            adapter = form.read(content, known)
     if adapter is not None:
         check_known(adapter)
         adapter = resolved(adapter, Names.of_model(unwrapped(model)), known)

@@ -116,6 +116,9 @@ def _take(left: dict[str, Tensor], entry: WeightEntry, choice: Choice, problems:
     values: dict[str, Tensor] = {}
     for tensor, shape in sketch.saved.items():
         key = file_key(entry.path, entry.parameter, variant.file_names[tensor], place.kind.lookup)
+        if key not in left and entry.kind is None:  # others have one name for both kinds of layers
+            other = file_key(entry.path, entry.parameter, variant.file_names[tensor], not place.kind.lookup)
+            key = other if other in left else key
         value = left.pop(key, None)
         if value is not None:
             values[tensor] = value

@@ -53,5 +53,6 @@ def write_files(
         write_whole(path, next(iter(files.values())))
         return
     if path.exists() and not path.is_dir():
-        raise LorakitError(f"cannot write {path}: it is a file; name a directory, or a file ending in {suffixes[0]}")
+        other = f", or a file ending in {suffixes[0]}" if suffixes else ""
+        raise LorakitError(f"cannot write {path}: it is a file; name a directory{other}")
     write_directory(path, files)

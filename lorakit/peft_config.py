@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
 from lorakit.layers import TransposedLinear
+from lorakit.peft_checks import check_config
 from lorakit.state import layers_of
 from lorakit.variants import VARIANTS, Full, LoKr, Rows, Variant, VeRA
 
@@ -206,7 +207,8 @@ def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], p
     """
     if config.get("peft_type") == _OURS_ALONE:
         raise LorakitError(f"{path}: its tensors have lost the header that lorakit wrote into them; save it again")
-    if "peft_type" not in config:
+    check_config(config, path)
+    if config.get("peft_type") is None:
         raise LorakitError(f"{path}: its config has no 'peft_type', so what the tensors mean is not known")
     try:
         found = [variant for cls in VARIANTS.values() if (variant := cls.of_peft(config, tensors)) is not None]

@@ -106,6 +106,9 @@ def all_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
+_MOST_TEXT = 2**25
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -113,6 +116,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         LorakitError: it is missing or holds something else.
     """
     try:
+        if (size := path.stat().st_size) > _MOST_TEXT:
+            raise LorakitError(f"{path} is of {size:,} bytes; no config is so large")
         return parse_json_object(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise LorakitError(f"cannot read {path}: {error}") from None

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.algebra.low_rank import product_norm
 from lorakit.layers import Kind, Update, accumulation_dtype
 from lorakit.variants import FactoredUpdate
 
@@ -53,11 +54,7 @@ class LowRankSum:
 
     def norms(self, lost: float) -> Norms:
         """All norms, when the last is known."""
-        # The small Gram matrices hold the norm: ‖B·A‖² = tr(BᵀB·AAᵀ). In 64 bits, since nearly equal terms may cancel.
-        where = self.B.device if self.B.device.type in ("cpu", "cuda") else torch.device("cpu")
-        B, A = self.B.to(where, torch.float64), self.A.to(where, torch.float64)
-        change = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt()
-        return Norms(self.weight, float(change), lost)
+        return Norms(self.weight, product_norm(self.B, self.A), lost)
 
 
 def low_rank_sum(weight: Tensor, terms: Terms) -> LowRankSum | None:

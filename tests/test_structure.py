@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
     {"errors", "tables", "untouched", "safe"},
+    {"untrusted", "peft_checks"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},
@@ -22,11 +23,12 @@ ORDER = [
     {"patterns"},
     {"change", "suitable", "header"},
     {"adapter"},
+    {"placement"},
     {"targets"},
     {"plan", "peft_config", "switch"},
     {"native"},
-    {"evidence", "resident", "loading", "padding", "probe", "sums", "flat", "formats"},
-    {"attach", "merge", "files", "budget", "combine", "exchange"},
+    {"evidence", "resident", "loading", "padding", "probe", "sums", "flat", "formats", "arithmetic", "measures"},
+    {"attach", "merge", "files", "budget", "combine", "exchange", "inspection", "comparison"},
     {"digits"},
     {"cli"},
     {"__main__"},

@@ -53,6 +53,12 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
     return _without_rounding(torch.linalg.svdvals(R1 @ R2.mT), R1, R2)
 
 
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """‖B·A‖_F from the small Gram matrices, tr(BᵀB·AAᵀ): cheap, and good to half of the digits where terms cancel."""
+    wide_B, wide_At = _in_64_bits(B, A)
+    return float(((wide_B.mT @ wide_B) * (wide_At.mT @ wide_At)).sum().clamp(min=0).sqrt())
+
+
 def recompress(
     B: Tensor, A: Tensor, rank: int | None = None, *, energy: float | None = None, error: float | None = None
 ) -> Recompressed:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.digits import digits
+from lorakit.cli.inspect import inspect
 from lorakit.cli.svd import svd
 from lorakit.errors import LorakitError
 
@@ -35,6 +36,7 @@ def _root(
 
 app.command()(digits)
 app.command()(svd)
+app.command()(inspect)
 
 
 def main() -> None:

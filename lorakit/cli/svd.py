@@ -1,20 +1,17 @@
 """`lorakit svd`: the rank of every weight in a file; without a file, what rank is and what it saves."""
 
 import os
-import re
-import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.common import counted, natural_order, printable, progress, show_table
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from torch import Tensor
 
     from lorakit.algebra import Spectrum
@@ -103,7 +100,7 @@ def read(file: Path) -> Contents:
                 held = f"holds no 2-D floating-point weight, only {listed(skipped)}" if skipped else "holds no tensors"
                 raise LorakitError(f"{str(file)!r} {held}; give a file with the weights of linear layers, or adapters")
             weights = []
-            with progress() as bar:
+            with progress("Singular values") as bar:
                 # The time that singular values take is of this order.
                 task = bar.add_task("", total=sum(d * k * min(d, k) for d, k in shapes.values()))
                 for name, (d, k) in shapes.items():
@@ -136,12 +133,7 @@ def show(file: Path, contents: Contents) -> None:
     weights, skipped = contents.weights, contents.skipped
     rows = [row(weight) for weight in weights]
     typer.echo(f"{counted(len(weights), 'weight')} in {file}\n")
-    if sys.stdout.isatty():
-        show_table(rows)
-    else:
-        from lorakit.tables import table
-
-        typer.echo(table(COLUMNS, rows, right=COLUMNS[1:]))
+    show_table(COLUMNS, rows, bad=["not finite"])
     if skipped:
         n = sum(map(len, skipped.values()))
         typer.echo(f"\nSkipped {counted(n, 'tensor')}, not 2-D floating-point: {listed(skipped)}")
@@ -166,47 +158,6 @@ def row(weight: Weight) -> tuple[str, ...]:
     )
 
 
-def show_table(rows: Sequence[Sequence[str]]) -> None:
-    """A table that folds long names to the terminal's width."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    grid.add_column(COLUMNS[0], overflow="fold")
-    for column in COLUMNS[1:]:
-        grid.add_column(column, justify="right", no_wrap=True)
-    for name, *cells in rows:
-        style = "red" if "not finite" in cells else ""
-        grid.add_row(Text(name), *cells, style=style)  # as Text: brackets in a name are no markup
-    Console().print(grid)
-
-
-def progress() -> "Progress":
-    """A bar on stderr that goes when done; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-
-    columns = "Singular values", BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-
-def counted(n: int, noun: str) -> str:
-    """1 weight, 2 weights."""
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
 def listed(skipped: dict[str, list[str]]) -> str:
     """7 × 1-D F32 (conv1.bias, …), 1 × 0-D I64 (step)."""
     return ", ".join(f"{len(names)} × {kind} ({names[0]}{', …' * (len(names) > 1)})" for kind, names in skipped.items())
-
-
-def natural_order(name: str) -> str:
-    """A key that sorts layers.2 before layers.10."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
-
-
-def printable(name: str) -> str:
-    """The name on one line, with control characters written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -11,14 +11,21 @@ from lorakit.formats.cloneofsimo import CLONEOFSIMO
 from lorakit.formats.content import Content, read_content
 from lorakit.formats.diffusers import COMFYUI, DIFFUSERS, DIFFUSERS_OLD
 from lorakit.formats.form import Format, Known, Written
+from lorakit.formats.gguf import GGUF
 from lorakit.formats.kohya import KOHYA
+from lorakit.formats.litgpt_write import LITGPT
+from lorakit.formats.loralib import LORALIB
+from lorakit.formats.mlx import MLX
 from lorakit.formats.names import Names, of_part
 from lorakit.formats.peft import LORAKIT, PEFT
+from lorakit.formats.rope import with_heads
+from lorakit.formats.torchtune import TORCHTUNE
 from lorakit.formats.xlabs import XLABS
 from lorakit.patterns import some
 
-IMAGE = (KOHYA, DIFFUSERS, DIFFUSERS_OLD, COMFYUI, XLABS, CLONEOFSIMO)
-FORMATS: dict[str, Format] = {each.name: each for each in (LORAKIT, PEFT, *IMAGE)}
+_IMAGE = (KOHYA, DIFFUSERS, DIFFUSERS_OLD, COMFYUI, XLABS, CLONEOFSIMO)
+_LANGUAGE = (LORALIB, MLX, LITGPT, TORCHTUNE, GGUF)
+FORMATS: dict[str, Format] = {each.name: each for each in (LORAKIT, PEFT, *_IMAGE, *_LANGUAGE)}
 """Every format by its name."""
 
 
@@ -78,11 +85,12 @@ def resolved(adapter: Adapter, names: Names, known: Known) -> Adapter:
     Raises:
         LorakitError: names that fit no layer, or several: all of them in one error.
     """
-    if adapter.naming == "":
-        return adapter
     if adapter.naming == "parts":
         return of_part(adapter, names, known.part)
-    return FORMATS[adapter.format].resolve[adapter.naming](adapter, names, known)
+    how = FORMATS[adapter.format].resolve if adapter.format in FORMATS else {}
+    if adapter.naming == "":  # names are a model's already; some formats leave to it what they do not say
+        return how[""](adapter, names, known) if "" in how else adapter
+    return how[adapter.naming](adapter, names, known)
 
 
 __all__ = [
@@ -98,4 +106,5 @@ __all__ = [
     "read_adapter",
     "read_content",
     "resolved",
+    "with_heads",
 ]

@@ -1,16 +1,17 @@
 """What lies in a file, before anyone asks what it means: tensors, metadata, and the config beside it."""
 
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.formats.archive import read_npz
+from lorakit.formats.gguf_file import read_gguf
+from lorakit.formats.pickled import read_pickled
 from lorakit.storage import read_json_object, read_tensors
 
 Container = Literal["safetensors", "torch", "npz", "gguf"]
@@ -18,6 +19,7 @@ Container = Literal["safetensors", "torch", "npz", "gguf"]
 NAMES = (
     *("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors"),
     *("adapter_model.bin", "adapters.npz", "lit_model.pth.lora", "pytorch_lora_weights.bin"),
+    "adapter_model.pt",
 )
 """What the file with the tensors is called in a directory."""
 CONFIGS = ("adapter_config.json", "hyperparameters.yaml")
@@ -52,9 +54,9 @@ def read_content(path: Path) -> Content:
     elif container == "torch":
         tensors = read_pickled(file)
     elif container == "npz":
-        raise LorakitError(f"{file}: npz is not read yet")
+        tensors = read_npz(file)
     else:
-        raise LorakitError(f"{file}: gguf is not read yet")
+        tensors, metadata = read_gguf(file)
     return Content(path, file, tensors, metadata, _config(file), container)
 
 
@@ -63,7 +65,7 @@ def _file(path: Path) -> Path:
         raise LorakitError(f"{path} does not exist; check the path")
     if not path.is_dir():
         return path
-    found = [path / name for name in NAMES if (path / name).is_file()]
+    found = [path / name for name in NAMES if (path / name).is_file()] or sorted(path.glob("*.gguf"))
     if not found:
         raise LorakitError(f"{path} holds none of {', '.join(NAMES)}; name the file itself")
     if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
@@ -94,27 +96,6 @@ def _members_are_arrays(file: Path) -> bool:
             return all(name.endswith(".npy") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise LorakitError(f"{file} is a damaged zip archive: {error}; save or fetch it again") from None
-
-
-def read_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote, of a list as "[0]", "[1]", …; nothing in it is ever executed.
-
-    Raises:
-        LorakitError: it is damaged, or holds anything but tensors by name.
-    """
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
-        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LorakitError(f"{file} cannot be read without running code in it, or is damaged: {what}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if isinstance(loaded, list) and loaded and all(isinstance(value, Tensor) for value in loaded):
-        loaded = {f"[{i}]": value for i, value in enumerate(loaded)}
-    if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
-        raise LorakitError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
-    return {key: value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _config(file: Path) -> Mapping[str, Any] | None:

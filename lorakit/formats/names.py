@@ -71,6 +71,24 @@ def renamed(adapter: Adapter, paths: Mapping[str, str], problems: list[str], **c
     return adapter.with_weights(weights, naming="", **changes)
 
 
+def checked(adapter: Adapter, weights: Iterable[AdapterWeight], problems: list[str], **changes: Any) -> Adapter:
+    """The adapter with these weights, under the names that a model has.
+
+    Raises:
+        LorakitError: there are problems, which it lists; or two weights would be one.
+    """
+    weights = tuple(weights)
+    seen: set[str] = set()
+    for weight in weights:
+        if weight.name in seen:
+            problems.append(f"two of its weights are {weight.name!r}")
+        seen.add(weight.name)
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise LorakitError(f"{adapter.name!r} ({adapter.format}) does not fit the model:{listed}")
+    return adapter.with_weights(weights, naming="", **changes)
+
+
 def of_part(adapter: Adapter, names: Names, part: str | None) -> Adapter:
     """The part of an adapter of a pipeline that is about one of its models, by the names that it has there.
 

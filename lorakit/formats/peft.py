@@ -112,7 +112,8 @@ def _is_native(content: Content) -> bool:
 
 
 def _is_peft(content: Content) -> bool:
-    if _is_native(content):
+    # torchtune writes PEFT's config beside weights under names of its own.
+    if _is_native(content) or any(key.endswith(".lora_a.weight") for key in content.tensors):
         return False
     by_config = content.config is not None and "peft_type" in content.config
     return by_config or any(key.startswith(PREFIX) for key in content.tensors)

@@ -12,15 +12,15 @@ from lorakit.layers.kind import Kind, Parts, parameter_names, register_kind, reg
 from lorakit.layers.parameter import Parameter
 from lorakit.layers.slices import Slices
 
-_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @register_kind
 def _(layer: nn.MultiheadAttention) -> tuple[Kind, ...]:
     own = set(parameter_names(layer))
     if "in_proj_weight" in own:
-        return (Slices("in_proj_weight", names=_PROJECTIONS, slices=_PROJECTIONS),)
-    return tuple(Parameter(name) for name in _PROJECTIONS if name in own)
+        return (Slices("in_proj_weight", names=PROJECTIONS, slices=PROJECTIONS),)
+    return tuple(Parameter(name) for name in PROJECTIONS if name in own)
 
 
 @register_parts

@@ -126,6 +126,8 @@ class LowRank(Variant, ABC):
 
 def low_rank_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a LoraConfig of PEFT gives."""
+    if config["lora_alpha"] is None:
+        raise KeyError("lora_alpha")  # it is there, and says nothing
     return {
         "rank": config["r"],
         "alpha": config["lora_alpha"],

@@ -1,0 +1,90 @@
+"""Options that several commands take, and the adapters that they name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    from lorakit.adapter import Adapter
+    from lorakit.formats import Names
+
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+From = Annotated[
+    str | None, typer.Option("--from", metavar="FORMAT", help="The input's format; else found from its keys.")
+]
+Alpha = Annotated[float | None, typer.Option(help="The scale's numerator, where the file does not hold it.")]
+Enabled = Annotated[
+    str | None,
+    typer.Option(metavar="1,0,1", help="Which parts of a fused projection are adapted, where the file does not say."),
+]
+Heads = Annotated[int | None, typer.Option(help="Attention heads, where rows of q and k lie in another order.")]
+KvHeads = Annotated[int | None, typer.Option(help="Heads of keys and values, if fewer.")]
+NamesFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--names",
+        metavar="PATH",
+        help="The model's names: a checkpoint, or a text file of parameter names, one a line.",
+    ),
+]
+Part = Annotated[str | None, typer.Option(help="Which model of a pipeline is meant: unet, text_encoder, …")]
+Rank = Annotated[int | None, typer.Option(help="At most this rank for each weight.")]
+Energy = Annotated[float | None, typer.Option(help="The smallest rank with this share of ‖ΔW‖²: 0.99, say.")]
+Error = Annotated[float | None, typer.Option(help="The smallest rank with at most this relative error.")]
+To = Annotated[str, typer.Option("--to", metavar="FORMAT", help="The output's format.")]
+
+
+def parse_enabled(text: str | None) -> tuple[bool, ...] | None:
+    """(True, False, True) of "1,0,1".
+
+    Raises:
+        LorakitError: it is something else.
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word in ("0", "1") for word in words):
+        raise LorakitError(f"--enabled {text!r} must be zeros and ones, such as 1,0,1 for q and v of q, k, v")
+    return tuple(word == "1" for word in words)
+
+
+def read_weighted(paths: Sequence[str], alpha: float | None) -> "list[tuple[Adapter, float]]":
+    """The adapters that "PATH" or "PATH=WEIGHT" name, each with its weight.
+
+    Raises:
+        LorakitError: one cannot be read.
+    """
+    from lorakit.exchange import read
+
+    found = []
+    for text in paths:
+        path, sign, weight = text.rpartition("=")
+        try:
+            factor = float(weight) if sign and not Path(text).exists() else None
+        except ValueError:
+            raise LorakitError(
+                f"{text!r}: {weight!r} is no number; give PATH=WEIGHT, or PATH for a weight of 1"
+            ) from None
+        found.append((read(text if factor is None else path, alpha=alpha), 1.0 if factor is None else factor))
+    return found
+
+
+def names_in(path: Path) -> "Names":
+    """The names that a checkpoint or a text file holds.
+
+    Raises:
+        LorakitError: it holds none.
+    """
+    from lorakit.formats import Names
+
+    if path.is_file() and path.suffix in ("", ".txt"):
+        try:
+            lines = path.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LorakitError(f"cannot read names from {path}: {error}") from None
+        return Names.of_list(lines)
+    return Names.of_checkpoint(path)
