@@ -233,7 +233,7 @@ DAMAGES = {
     "vector": (_put("lora_down.weight", torch.ones(6)), "no two factors"),
     "four axes": (_put("lora_down.weight", rand(2, 6, 1, 1)), "no two factors"),
     "integers": (_put("lora_down.weight", torch.ones(2, 6, dtype=torch.int32)), "int32"),
-    "empty": (_put("lora_down.weight", torch.ones(0, 6)), "rank"),
+    "empty": (_put("lora_down.weight", torch.ones(0, 6)), "is empty"),
     "inputs' magnitude": (_put("dora_scale", torch.ones(1, 6)), "of each input"),
     "strange magnitude": (_put("dora_scale", torch.ones(3)), "does not say"),
     "bias": (_put("diff_b", torch.ones(8)), "cannot be held"),
