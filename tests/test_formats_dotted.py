@@ -315,7 +315,9 @@ def test_xlabs(tmp_path, prefix):
         for end, shape in (("down", (2, 4)), ("up", (d, 2)))
     }
     path = write_file(tmp_path / "a.safetensors", tensors)
-    assert read(path).format == "xlabs"
+    value = renamed_for(read(path), model)
+    assert value.format == "xlabs"
+    write(value, tmp_path / "native.safetensors")
     x, before = rand(3, 4), model["double_blocks"][0]["txt_attn"].qkv(rand(3, 4))
     lk.load(model, path)
     key = f"{prefix}double_blocks.0.processor.qkv_lora2"
