@@ -15,6 +15,9 @@ from lorakit.header import LOOKUP_NAMES, Header, WeightEntry, file_key
 from lorakit.layers import accumulation_dtype
 from lorakit.variants import Full, LoRA, Rows, Variant
 
+UNRESOLVED = frozenset({"peft: parameter", "peft: addend", "peft: base"})
+"""In the place of a kind: what PEFT's file holds there, whose meaning only the live model tells. The factors of a
+parameter in PEFT's layout, what is added to a bias, and a weight of the base that was saved along."""
 LOOKUPS = frozenset({"Embedding", "EmbeddingBag", "ReadEmbedding"})
 """The kinds whose inputs are indices, by the names of their classes."""
 
@@ -54,6 +57,10 @@ class AdapterWeight(NamedTuple):
         Raises:
             LorakitError: ΔW is no product of two thin factors.
         """
+        if self.entry.kind in UNRESOLVED:
+            raise LorakitError(
+                f"{self.name!r} has a meaning in the live model alone: renamed_for(adapter, model) first"
+            )
         found = self.variant.product(self.tensors, 2 if self.stacked else 1)
         if found is None:
             variant = self.variant
@@ -305,6 +312,8 @@ def _incomplete(weight: AdapterWeight) -> str | None:
     rank, shapes = fields.get("r", fields.get("init_r")), f"A {tuple(A.shape)}, B {tuple(B.shape)}"
     if A.dim() <= inner or B.dim() <= inner:
         return f"{weight.name!r}: {shapes}: a factor is no matrix"
+    if weight.entry.kind in UNRESOLVED:
+        return None if A.shape[0] == B.shape[1] else f"{weight.name!r}: {shapes} are no two factors of one rank"
     if not A.shape[inner - 1] == B.shape[inner] == rank:
         return f"{weight.name!r}: {shapes} are no two factors of rank {rank}"
     return None

@@ -73,11 +73,12 @@ def write(
         path: a directory, or a file with a suffix of the format.
         format: "lorakit" is the native form, which PEFT reads too.
         portable: fold every scale into B and fill all ranks up to one, for engines that know but one scale: vLLM and
-            llama.cpp. The ΔW is the same.
+            llama.cpp. The ΔW is the same (`lorakit.portable.portable`).
         **known: what the format needs and the adapter does not say: heads, kv_heads, part, arch.
 
     Returns:
-        What the format has no place for and no output depends on, such as dropout.
+        What the format has no place for and no output depends on, such as dropout; and, if it is to be portable, what
+        engines refuse of it.
 
     Raises:
         LorakitError: the format cannot hold something that outputs depend on: all of it in one error; or the path
@@ -89,6 +90,11 @@ def write(
     if form.write is None:
         raise LorakitError(f"{format} is read, not written")
     check_known(adapter)
+    notes: tuple[str, ...] = ()
+    if portable:
+        from lorakit.portable import portable as one_scale
+
+        adapter, notes = one_scale(adapter)
     written = form.write(adapter, Known(**known))
     write_files(written.files, path, form.suffixes)
-    return written.lost
+    return written.lost + notes

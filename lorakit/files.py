@@ -19,6 +19,7 @@ from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
 from lorakit.header import Header, WeightEntry, file_key
+from lorakit.layers import parts_of
 from lorakit.loading import build_additions
 from lorakit.native import native_files, write_files
 from lorakit.padding import pad
@@ -27,7 +28,7 @@ from lorakit.plan import Plan
 from lorakit.state import Site, State, check_addition, check_complete, one_name, require, unwrapped
 from lorakit.variants.low_rank import checked_rank
 
-Verify = Literal["sample", "off"]
+Verify = Literal["sample", "full", "off"]
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -65,7 +66,7 @@ def adapter_value(model: nn.Module, name: str | None = None) -> Adapter:
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
     mine = check_complete(root, state, name)
-    header = Header(name, state.variants[name], _entries(mine, state, name))
+    header = Header(name, state.variants[name], _entries(root, mine, state, name))
     header = replace(header, facts=facts_of(header, root))
     return Adapter.of(header, _tensors(mine, state, name), f"adapter {name!r}")
 
@@ -86,18 +87,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     root, state = require(model, None if name is None else [name])
     name = one_name(state, name)
     mine = check_complete(root, state, name)
-    header = Header(name, state.variants[name], _entries(mine, state, name))
+    header = Header(name, state.variants[name], _entries(root, mine, state, name, full=True))
     header = replace(header, facts=facts_of(header, root))
     tensors = {key: whole(tensor) for key, tensor in _tensors(mine, state, name).items()}
     write_files(native_files(header, tensors, root), path)
 
 
-def _entries(mine: list[Site], state: State, name: str) -> tuple[WeightEntry, ...]:
+def _entries(root: nn.Module, mine: list[Site], state: State, name: str, full: bool = False) -> tuple[WeightEntry, ...]:
     """What the header says of each weight."""
     entries = []
     for site in mine:
         own = state.weights[name][site.name]
-        entries.append(WeightEntry.of(site, name, None if own == state.variants[name] else own))
+        entry = WeightEntry.of(site, name, None if own == state.variants[name] else own, full)
+        parent, _, child = site.path.rpartition(".")
+        if entry.order is not None and child in parts_of(root.get_submodule(parent)).read:
+            entry = entry._replace(order=None)  # read past the call that PEFT wraps
+        entries.append(entry)
     return tuple(entries)
 
 
@@ -125,8 +130,9 @@ def load(
         model: the base the adapter was trained on.
         path: a directory, a file, or an `Adapter`.
         name: what to call it here; by default the name it was saved under, or the path's own.
-        verify: "sample" compares fingerprints of the adapted weights with those stored; "off" does not, for the same
-            base in another dtype, say.
+        verify: "sample" compares fingerprints of the adapted weights with those stored, "full" every byte of them by
+            a checksum, which reads them all (4 GB/s on one core); "off" does neither, for the same base in another
+            dtype, say.
         trainable: whether to train it on.
         rank: fill the factors up with zeros to this rank, for the same ΔW: adapters of equal shapes are switched in
             compiled code without compiling anew.
@@ -147,8 +153,8 @@ def load(
         LorakitError: the file is damaged or does not fit this model: one error that lists everything that is wrong
             (missing layers, shapes, missing or extra tensors, NaN, another base). The model is as it was.
     """
-    if verify not in ("sample", "off"):
-        raise LorakitError(f"verify={verify!r} must be 'sample' or 'off'")
+    if verify not in ("sample", "full", "off"):
+        raise LorakitError(f"verify={verify!r} must be 'sample', 'full' or 'off'")
     from lorakit.formats import Known, Names, content_of, resolved, with_heads  # most programs read no file
 
     known = Known(alpha, None if enabled is None else tuple(enabled), heads, kv_heads, part)
@@ -158,8 +164,9 @@ def load(
     else:
         where = os.fspath(path)
         content, form = content_of(Path(path), format, known)
-        if form.parts is not None:  # the model says of each tensor whether it fits, in one error
-            adapter, (header, tensors) = None, form.parts(content, known)
+        parts = None if form.parts is None else form.parts(content, known)
+        if parts is not None:  # the model says of each tensor whether it fits, in one error
+            adapter, (header, tensors) = None, parts
         else:
             if "heads" in form.takes:
                 known = with_heads(known, Names.of_model(unwrapped(model)).config)
@@ -170,7 +177,7 @@ def load(
         header, tensors = adapter.header, adapter.state_dict()
     name = header.name if name is None else name
     root = check_addition(model, name)
-    plan, additions = build_additions(root, header, tensors, name, check_values=verify == "sample", where=where)
+    plan, additions = build_additions(root, header, tensors, name, verify=verify, where=where)
     if rank is not None:
         plan, additions = pad(plan, additions, checked_rank(rank))
     add(root, name, plan.variant, additions, trainable=trainable)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _SAMPLES = 256
+_BLOCK = 2**14
+"""Words of 8 bytes that are summed up together: half a dozen of such blocks stay in a processor's cache."""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -49,3 +51,48 @@ _KNOWN_TO_NUMPY = (torch.float32, torch.float16, torch.float64)
 def _places(count: int, size: int) -> Tensor:
     """That many indices spread evenly over so many values: alike for all weights of one size."""
     return torch.linspace(0, size - 1, count, dtype=torch.float64, device="cpu").long()
+
+
+def checksum(*parts: Tensor) -> str | None:
+    """A number of 128 bits that depends on every byte of a weight, or of each tensor that it is stored in.
+
+    None for a weight without values. It tells apart what chance or a mistake made different; it is no seal against
+    someone who looks for two weights of one checksum. The same bytes give the same on every device.
+
+    Each block of 2¹⁴ words x is summed up as Σ w·x in whole numbers modulo 2⁶⁴, where w depends on the place, and the
+    sums are hashed, with what is left at the end. It takes less than half the time of a hash of the bytes, and on a GPU
+    it leaves the weight where it is.
+    """
+    if not parts or any(part.is_meta for part in parts):
+        return None
+    digest = hashlib.sha256()
+    for part in parts:
+        flat = whole(part.detach()).reshape(-1)
+        data = flat.contiguous().view(torch.uint8)
+        digest.update(data.numel().to_bytes(8, "little"))
+        words = data.numel() // (8 * _BLOCK) * _BLOCK
+        if data.storage_offset() % 8:
+            data = data.clone()  # words lie at multiples of their size
+        blocks = data[: 8 * words].view(torch.int64).view(-1, _BLOCK)
+        weights = _weights().to(data.device)
+        few = 4 if data.device.type == "cpu" else 2**10
+        for some in blocks.split(few) if words else ():
+            # With its upper bits added: the highest bit, a sign, would else count alike in all words, and even numbers
+            # of them not at all. By 29, as no two bits that are signs in any dtype are so far apart.
+            digest.update((some >> 29).add_(some).mul_(weights).sum(-1).cpu().numpy().data)
+        digest.update(data[8 * words :].cpu().numpy().data)
+    return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def _weights() -> Tensor:
+    """Odd numbers of 64 bits, all over the place: the SplitMix64 generator (Steele et al. 2014) of 1, 2, 3..."""
+    z = torch.arange(1, _BLOCK + 1, device="cpu") * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return (z ^ ((z >> 31) & (2**33 - 1))) | 1
+
+
+def _signed(number: int) -> int:
+    """The number of 64 bits, as two's complement has it."""
+    return number - 2**64 if number >= 2**63 else number

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import fingerprint
-from lorakit.layers import Mode, outline, stored_dtype, stored_tensors
+from lorakit.fingerprint import checksum, fingerprint
+from lorakit.layers import Mode, Parameter, outline, stored_dtype, stored_tensors
 from lorakit.state import Site
 from lorakit.storage import parse_json_object
 from lorakit.variants import VARIANTS, Variant
@@ -37,21 +39,38 @@ class WeightEntry(NamedTuple):
     """The name of the kind's class, which says how the weight is seen as a matrix; None if the file does not say."""
     padding_idx: int | None = None
     """The column that no update changes."""
+    full: str | None = None
+    """The checksum of the base weight, every byte of it; None if the file does not say."""
+    order: int | None = None
+    """Which of its module's parameters it is, in the order of their declaration, if PEFT can hold it as such."""
+    transposed: bool = False
+    """Whether the module multiplies by it from the right, x·W: PEFT then has the factors the other way round."""
 
     @classmethod
-    def of(cls, site: Site, name: str, variant: Variant | None) -> "WeightEntry":
-        """The entry for a live weight."""
+    def of(cls, site: Site, name: str, variant: Variant | None, full: bool = False) -> "WeightEntry":
+        """The entry for a live weight; with its checksum if `full`, for which all of it is read."""
         update = site.adapted[name]
-        sample = fingerprint(*stored_tensors(site.layer, site.parameter))
+        stored = stored_tensors(site.layer, site.parameter)
         shape = tuple(outline(site.layer, update.kind).shape)
         dtype, kind = stored_dtype(site.layer, update.kind), update.kind
         how = (variant, kind.slices, type(kind).__name__, kind.padding_idx)
-        return cls(site.path, site.parameter, update.mode, shape, dtype, sample, *how)
+        prints = fingerprint(*stored), *how, checksum(*stored) if full else None
+        order = _order(site) if isinstance(kind, Parameter) else None
+        transposed = order is not None and bool(getattr(site.layer, "is_transposed", False))
+        return cls(site.path, site.parameter, update.mode, shape, dtype, *prints, order, transposed)
 
     @property
     def name(self) -> str:
         """The weight's full name in the model."""
         return f"{self.path}.{self.parameter}" if self.path and self.parameter else self.path or self.parameter
+
+
+def _order(site: Site) -> int | None:
+    """The place of a parameter among its module's, where PEFT finds it by its name and the module then sees it."""
+    blind = isinstance(site.layer, nn.RNNBase | nn.MultiheadAttention)  # lists and fused paths of torch's own
+    blind = blind or type(site.layer).forward is nn.Module.forward  # a list of parameters, which others read
+    declared = [name for name, parameter in site.layer._parameters.items() if parameter is not None]
+    return None if blind or not site.path or site.parameter not in declared else declared.index(site.parameter)
 
 
 def file_key(path: str, parameter: str, file_name: str, lookup: bool) -> str:
@@ -138,8 +157,10 @@ def _entry(raw: Mapping[str, Any]) -> WeightEntry:
         raise TypeError(f"mode {entry.mode!r}")
     if not all(type(size) is int and size >= 0 for size in entry.shape or ()):
         raise TypeError(f"shape {shape!r}")
-    if not all(isinstance(word, str | None) for word in (entry.dtype, entry.sample, entry.kind)):
-        raise TypeError(f"dtype {entry.dtype!r}, sample {entry.sample!r}, kind {entry.kind!r}")
+    if not all(isinstance(word, str | None) for word in (entry.dtype, entry.sample, entry.kind, entry.full)):
+        raise TypeError(f"dtype {entry.dtype!r}, sample {entry.sample!r}, kind {entry.kind!r}, full {entry.full!r}")
     if not isinstance(entry.padding_idx, int | None):
         raise TypeError(f"padding_idx {entry.padding_idx!r}")
+    if type(entry.transposed) is not bool or not (entry.order is None or type(entry.order) is int):
+        raise TypeError(f"order {entry.order!r}, transposed {entry.transposed!r}")
     return entry

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lorakit.change import Addition
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import fingerprint
+from lorakit.fingerprint import checksum, fingerprint
 from lorakit.header import Header, WeightEntry, file_key
 from lorakit.index import Index
 from lorakit.layers import CalledKind, accumulation_dtype, stored_dtype, stored_tensors
+from lorakit.patterns import some
 from lorakit.plan import Choice, Plan, Sketches, plan_of
 from lorakit.storage import all_finite
 from lorakit.targets import Place, place_of
@@ -21,9 +22,11 @@ from lorakit.variants import Full, LowRank, Rows, Variant
 
 @torch.inference_mode(False)
 def build_additions(
-    root: nn.Module, header: Header, tensors: Mapping[str, Tensor], name: str, *, check_values: bool, where: str
+    root: nn.Module, header: Header, tensors: Mapping[str, Tensor], name: str, *, verify: str, where: str
 ) -> tuple[Plan, list[Addition]]:
     """The updates in a file, built for this model, and the plan of them.
+
+    `verify` says how the base is compared with that of the file: "sample", "full" or "off".
 
     Raises:
         LorakitError: it does not fit; the message lists everything that is wrong.
@@ -37,6 +40,9 @@ def build_additions(
         header = _with_tied_rows(index, header, left)
     if not header.weights:
         problems.append("it adapts no weight")
+    lacking = [entry.name for entry in header.weights if entry.full is None] if verify == "full" else []
+    if lacking:
+        problems.append(f"it holds no checksum of the base weights {some(lacking)} as a whole; use verify='sample'")
     found = _found(index, header, left, problems)
     if found:
         shapes = [place.kind.matrix_shape(place.outline) for _, place in found]
@@ -45,7 +51,7 @@ def build_additions(
     chosen: list[tuple[WeightEntry, Choice]] = []
     for entry, place in found:
         try:
-            problems += _base_problems(place, entry, check_values)
+            problems += _base_problems(place, entry, verify)
             chosen.append((entry, sketches.choice(place, _variant_at(place, header.variant_of(entry)))))
         except LorakitError as error:
             problems.append(str(error))
@@ -169,14 +175,14 @@ def _tensor_problem(key: str, value: Tensor | None, shape: tuple[int, ...]) -> s
     return None
 
 
-def _base_problems(place: Place, entry: WeightEntry, check_values: bool) -> list[str]:
+def _base_problems(place: Place, entry: WeightEntry, verify: str) -> list[str]:
     """How the base differs from the one in the file's header, if it says."""
     weight = place.outline
     if entry.shape is None:
         return []
     if tuple(weight.shape) != entry.shape:
         return [f"{entry.name!r} is {tuple(weight.shape)} here and was {entry.shape} when saved"]
-    if not check_values or entry.sample is None or weight.is_meta:
+    if verify == "off" or entry.sample is None or weight.is_meta:
         return []
     dtype = stored_dtype(place.layer, place.kind)
     if dtype != entry.dtype:
@@ -184,6 +190,9 @@ def _base_problems(place: Place, entry: WeightEntry, check_values: bool) -> list
             f"{entry.name!r} is {dtype} here and was {entry.dtype} when saved; if this is the same base in another "
             "dtype, use verify='off'"
         ]
-    if fingerprint(*stored_tensors(place.layer, place.kind.parameter)) != entry.sample:
+    stored = stored_tensors(place.layer, place.kind.parameter)
+    if fingerprint(*stored) != entry.sample:
         return [f"{entry.name!r} has other values than the base this adapter was trained on"]
+    if verify == "full" and entry.full is not None and checksum(*stored) != entry.full:
+        return [f"{entry.name!r} has a few other values than the base this adapter was trained on"]
     return []

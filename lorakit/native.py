@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.header import Header
 from lorakit.peft_config import peft_config
+from lorakit.peft_layout import to_peft
 from lorakit.storage import all_finite, write_directory, write_whole
 
 TENSORS = "adapter_model.safetensors"
@@ -23,15 +24,26 @@ def native_files(header: Header, tensors: Mapping[str, Tensor], model: nn.Module
     Raises:
         LorakitError: a tensor has no values, or holds NaN or infinity.
     """
+    tensors = finite(header.name, tensors)
+    laid_out = to_peft(header, tensors)
+    content: bytes = to_safetensors(laid_out, metadata={"format": "pt", "lorakit": header.to_json()})
+    config = json.dumps(peft_config(header, tensors, model), indent=2).encode()
+    return {TENSORS: content, CONFIG: config}
+
+
+def finite(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter in this machine's memory, ready to be written.
+
+    Raises:
+        LorakitError: one has no values, or holds NaN or infinity; `name` is the adapter's.
+    """
     if any(tensor.is_meta for tensor in tensors.values()):
-        raise LorakitError(f"adapter {header.name!r} is not saved: it is on 'meta' and has no values")
+        raise LorakitError(f"adapter {name!r} is not saved: it is on 'meta' and has no values")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     bad = [key for key, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
-        raise LorakitError(f"adapter {header.name!r} is not saved: NaN or infinity in {', '.join(bad)}")
-    content: bytes = to_safetensors(tensors, metadata={"format": "pt", "lorakit": header.to_json()})
-    config = json.dumps(peft_config(header, tensors, model), indent=2).encode()
-    return {TENSORS: content, CONFIG: config}
+        raise LorakitError(f"adapter {name!r} is not saved: NaN or infinity in {', '.join(bad)}")
+    return tensors
 
 
 def write_files(

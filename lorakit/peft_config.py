@@ -2,38 +2,19 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import LorakitError
-from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
-from lorakit.layers import TransposedLinear
-from lorakit.peft_checks import check_config
+from lorakit.header import PREFIX, Header, WeightEntry
+from lorakit.layers import Convolution, Parameter, TransposedLinear, parts_of
+from lorakit.patterns import some
+from lorakit.peft_fields import OURS_ALONE, PATTERNS, UNDERSTOOD
+from lorakit.peft_layout import Placed, inner_biases, placed
 from lorakit.state import layers_of
-from lorakit.variants import VARIANTS, Full, LoKr, Rows, Variant, VeRA
-
-# Fields of PEFT's configs that do not change what the tensors mean: where they came from, and where they were put,
-# which their keys say. Any other field that is set, and that the variant does not account for, is not understood.
-_UNDERSTOOD = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("ensure_weight_tying", "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
-    *("rank_pattern", "alpha_pattern", "bias", "modules_to_save", "trainable_token_indices"),
-    *("init_lora_weights", "init_weights", "vera_dropout", "save_projection"),
-    # AdaLoRA's schedule: it is past
-    *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-    *("lora_alpha", "lora_dropout", "use_rslora", "r"),
-}
-_KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
-_PATTERNS = {"rank_pattern": ("r", "rank"), "alpha_pattern": ("lora_alpha", "alpha")}
-
-
-_OURS_ALONE = "LORAKIT"
-"""The peft_type of what PEFT has no words for: it then says so, where it would load a part without a word."""
+from lorakit.variants import Full, LoKr, Rows, Variant, VeRA
 
 
 def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> dict[str, Any]:
@@ -44,17 +25,19 @@ def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
     """
     reasons = beyond_peft(header, tensors, model)
     if reasons:
-        return {"peft_type": _OURS_ALONE, "reasons": reasons}
+        return {"peft_type": OURS_ALONE, "reasons": reasons}
     mine = header.variant.peft_fields()
-    patterns: dict[str, dict[str, Any]] = {name: {} for name in _PATTERNS}
+    patterns: dict[str, dict[str, Any]] = {name: {} for name in PATTERNS}
     adapted = [entry for entry in header.weights if not isinstance(header.variant_of(entry), Full | Rows)]
+    places = placed(header)
     for entry in adapted:
         theirs = header.variant_of(entry).peft_fields()
+        name = entry.name if entry.name in places else entry.path
         for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha")):
             if theirs.get(key) != mine.get(key):
                 # PEFT matches the ends of names: without ^, "conv1" would be "layer1.0.conv1" too.
-                patterns[pattern]["^" + re.escape(entry.path)] = theirs[key]
-    targets = [entry.path if entry.parameter == "weight" else entry.name for entry in adapted]
+                patterns[pattern]["^" + re.escape(name)] = theirs[key]
+    targets = [entry.path for entry in adapted if entry.name not in places]
     config = {
         "task_type": None,
         "auto_mapping": None,
@@ -74,14 +57,18 @@ def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
         config |= patterns
     if "lora_alpha" in mine:
         rows = {entry.path: header.variant_of(entry) for entry in header.weights}
+        facts = header.facts.get("peft", {})
+        bias = facts.get("bias") or ("lora_only" if inner_biases(header) else "none")
+        config |= {"target_parameters": list(places)} if places else {}
         config |= {
             "modules_to_save": header.facts.get("whole_modules") or None,
             "trainable_token_indices": {
                 path: list(variant.rows) for path, variant in rows.items() if isinstance(variant, Rows)
             }
             or None,
-            "bias": "none",
-            "fan_in_fan_out": any(entry.kind == TransposedLinear.__name__ for entry in adapted),
+            "bias": bias,
+            "fan_in_fan_out": any(entry.kind == TransposedLinear.__name__ for entry in adapted)
+            or bool(facts.get("fan_in_fan_out")),
             "init_lora_weights": True,
         }
     return config
@@ -98,34 +85,24 @@ def facts_of(header: Header, model: nn.Module) -> dict[str, Any]:
     return {"peft": config, "whole_modules": _whole_modules(header, model)}
 
 
-def _facts_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a config that PEFT wrote."""
-    kept = ("task_type", "auto_mapping", "base_model_name_or_path", "revision")
-    return {
-        "peft": {key: config[key] for key in kept if config.get(key) is not None},
-        "whole_modules": list(config.get("modules_to_save") or []),
-    }
-
-
 def beyond_peft(header: Header, tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> list[str]:
     """What of the adapter PEFT would refuse, or lose."""
     variants = {entry.name: header.variant_of(entry) for entry in header.weights}
     adapted = {entry.path for entry in header.weights if not isinstance(variants[entry.name], Full | Rows)}
     kind = header.variant.peft_fields()["peft_type"]
     reasons = [] if adapted else ["no layer has low-rank factors"]
+    places, biases = placed(header), inner_biases(header)
     for entry in header.weights:
         variant = variants[entry.name]
         if isinstance(variant, Full):
-            if entry.path in adapted:
+            if entry.path in adapted and f"{PREFIX}{entry.name}" not in biases:
                 reasons.append(f"{entry.name} is trained as a whole on a layer that has factors")
         elif isinstance(variant, Rows):
             reasons += [f"rows of {entry.name} are trained beside {kind}"] * (kind != "LORA")
             if model is not None and not _tied_alike(entry, variants, model, tensors):
                 reasons.append(f"rows of {entry.name} are trained apart from the weights tied to it")
-        elif entry.parameter != "weight" or entry.slices:
-            reasons.append(f"{entry.name} is no layer's whole weight")
-        elif kind == "ADALORA" and variant != header.variant:
-            reasons.append(f"{entry.name} has a rank or an alpha of its own")
+        else:
+            reasons += _beyond_factors(entry, header, places, model)
     reasons += [
         f"{name} is split as PEFT has no words for: factor={variant.factor}"
         for name, variant in variants.items()
@@ -143,6 +120,57 @@ def _same_split(variant: LoKr, common: Variant) -> bool:
     if isinstance(variant.factor, tuple) or not isinstance(common, LoKr):
         return False
     return (variant.factor, variant.decompose_both) == (common.factor, common.decompose_both)
+
+
+_UNKNOWN_TO_PEFT = ("TransposedConvolution", "Bilinear", "EmbeddingBag")
+"""Kinds of layers, by the names of their classes, that PEFT adapts with no method."""
+
+
+def _beyond_factors(
+    entry: WeightEntry, header: Header, places: Mapping[str, Placed], model: nn.Module | None
+) -> list[str]:
+    """Why PEFT could not have the factors of a weight."""
+    if entry.name in places:
+        return _beyond_parameters(entry, header, places, model)
+    if entry.parameter != "weight" or entry.slices or entry.kind == Parameter.__name__:
+        return [f"{entry.name} is no layer's whole weight"]
+    if entry.kind in _UNKNOWN_TO_PEFT:
+        return [f"{entry.name} is of a kind that PEFT does not adapt ({entry.kind})"]
+    layer: Any = None if model is None else model.get_submodule(entry.path)
+    if getattr(layer, "groups", 1) != 1 and entry.kind == Convolution.__name__:
+        return [f"{entry.name} is a convolution of {layer.groups} groups, where PEFT has a kernel across groups"]
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return [f"{entry.name} is padded by {layer.padding_mode!r}, and by zeros in PEFT's product"]
+    if getattr(layer, "padding", None) == "same" and any(size != 1 for size in layer.dilation):
+        return [f"{entry.name} is padded to the same size with a dilation, which PEFT's product leaves out"]
+    if getattr(layer, "max_norm", None) is not None:
+        return [f"{entry.name} has max_norm, which rescales its rows with the update here and without it in PEFT"]
+    parent, _, own = entry.path.rpartition(".")
+    if model is not None and entry.path and own in parts_of(model.get_submodule(parent)).read:
+        return [f"{entry.name} is read by {type(model.get_submodule(parent)).__name__}, past the layer that PEFT wraps"]
+    if header.variant.peft_fields()["peft_type"] == "ADALORA" and header.variant_of(entry) != header.variant:
+        return [f"{entry.name} has a rank or an alpha of its own"]
+    return []
+
+
+def _beyond_parameters(
+    entry: WeightEntry, header: Header, places: Mapping[str, Placed], model: nn.Module | None
+) -> list[str]:
+    """Why PEFT could not have the factors of a parameter."""
+    reasons, variant = [], header.variant_of(entry)
+    if getattr(variant, "dropout", 0):
+        reasons.append(f"{entry.name} has dropout={variant.peft_fields()['lora_dropout']}, which acts on no parameter")
+    if places[entry.name].transposed and places[entry.name].experts == 1:
+        reasons.append(f"{entry.name} is a stack of one transposed matrix, which PEFT turns round")
+    if any(other.kind == TransposedLinear.__name__ for other in header.weights):
+        reasons.append(f"{entry.name} is adapted beside a Conv1D of transformers, which PEFT cannot have together")
+    below = [other.name for other in header.weights if other.path.startswith(f"{entry.path}.")]
+    if below:
+        reasons.append(f"{some(below)} lie in {entry.path}, which PEFT wraps for {entry.name}")
+    ends = [] if model is None else _others_of_that_end([entry.name], [name for name, _ in model.named_parameters()])
+    if ends:
+        reasons.append(f"PEFT would take {some(ends)} for {entry.name}")
+    return reasons
 
 
 def _tied_alike(
@@ -191,88 +219,10 @@ def _whole_modules(header: Header, model: nn.Module) -> list[str]:
 
 def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
     """Which fields of a config contradict the header it lies beside."""
-    if config.get("peft_type") == _OURS_ALONE:
+    if config.get("peft_type") == OURS_ALONE:
         return []
-    known = {"bias": "none", **header.variant.peft_fields()}
+    bias = header.facts.get("peft", {}).get("bias") or ("lora_only" if inner_biases(header) else "none")
+    known = {"bias": bias, **header.variant.peft_fields()}
     return [key for key, value in known.items() if config.get(key, value) != value] + [
-        key for key, value in config.items() if value and key not in _UNDERSTOOD and key not in known
+        key for key, value in config.items() if value and key not in UNDERSTOOD and key not in known
     ]
-
-
-def header_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Header:
-    """The header of a directory that PEFT wrote.
-
-    Raises:
-        LorakitError: it is a method that is not known, or has parts that are not read; each is named.
-    """
-    if config.get("peft_type") == _OURS_ALONE:
-        raise LorakitError(f"{path}: its tensors have lost the header that lorakit wrote into them; save it again")
-    check_config(config, path)
-    if config.get("peft_type") is None:
-        raise LorakitError(f"{path}: its config has no 'peft_type', so what the tensors mean is not known")
-    try:
-        found = [variant for cls in VARIANTS.values() if (variant := cls.of_peft(config, tensors)) is not None]
-    except KeyError as error:
-        raise LorakitError(f"{path}: its config has no {error}, and a scale is never guessed") from None
-    except LorakitError as error:
-        raise LorakitError(f"{path}: in its config, {error}") from None
-    if not found:
-        raise LorakitError(f"{path}: peft_type is {config['peft_type']!r}; what can be read is {', '.join(VARIANTS)}")
-    (variant,) = found
-    unread = [
-        f"{key}={value!r}"
-        for key, value in config.items()
-        if value and key not in _UNDERSTOOD and key not in variant.peft_fields()
-    ]
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in _KEEPS_THE_BASE:
-        unread.append(f"init_lora_weights={start!r}, which changes the base")
-    if unread:
-        raise LorakitError(f"{path} has what cannot be read yet: {', '.join(unread)}")
-    names = {*variant.file_names.values()} | {LOOKUP_NAMES.get(name, name) for name in variant.file_names.values()}
-    endings = [(key, "." + name) for name in names for key in tensors if key.endswith("." + name)]
-    paths = sorted({key.removeprefix(PREFIX).removesuffix(ending) for key, ending in endings})
-    entries = [_entry(layer, "weight", _own(variant, config, layer, path)) for layer in paths]
-    entries += _extra_entries(config, set(tensors) - {key for key, _ in endings} - {*variant.shared_names}, path)
-    return Header(path.absolute().name, variant, tuple(entries), ours=False, facts=_facts_in(config))
-
-
-def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:
-    return WeightEntry(layer, parameter, None, None, None, None, variant)
-
-
-def _extra_entries(config: Mapping[str, Any], keys: Collection[str], path: Path) -> list[WeightEntry]:
-    """Whole modules, biases and rows of tokens, which PEFT saves beside the factors."""
-    whole = bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
-    indices = config.get("trainable_token_indices") or {}
-    entries = []
-    for key in sorted(keys):
-        name, ending = key.removeprefix(PREFIX), "." + Rows.file_names["value"]
-        if name.endswith(ending):
-            layer = name.removesuffix(ending)
-            rows = indices if isinstance(indices, list) else _matching(indices, layer)
-            if rows is None:
-                raise LorakitError(f"{path}: trainable_token_indices does not say which rows {key!r} holds")
-            entries.append(_entry(layer, "weight", Rows(tuple(rows))))
-        elif whole:
-            entries.append(_entry(*name.rpartition(".")[::2], Full()))
-    return entries
-
-
-def _matching(patterns: Mapping[str, Any], layer: str) -> Any:
-    """The value of the first pattern that matches the layer's end, as PEFT matches; None if none does."""
-    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    return next(found, None)
-
-
-def _own(variant: Variant, config: Mapping[str, Any], layer: str, path: Path) -> Variant | None:
-    """The variant of one layer, where PEFT's patterns give it another rank or alpha."""
-    own = {}
-    for field, (_, name) in _PATTERNS.items():
-        value = _matching(config.get(field) or {}, layer)
-        if value is not None:
-            own[name] = value
-    known = {field.name for field in fields(variant)}
-    if not own.keys() <= known:
-        raise LorakitError(f"{path}: rank_pattern and alpha_pattern have no meaning for {type(variant).__name__}")
-    return replace(variant, **own) if own else None

@@ -104,22 +104,6 @@ def test_merging_gives_peft_s_weights():
         assert_near(base.state_dict()[name], weight)
 
 
-UNREAD = {
-    "target-parameters": {"target_modules": [], "target_parameters": ["0.weight"]},
-}
-
-
-@pytest.mark.parametrize("feature", UNREAD)
-def test_what_cannot_be_read_is_refused_by_its_field(feature, tmp_path):
-    base, _, targets = build("mlp")
-    arguments = {"target_modules": targets, "r": 2, **UNREAD[feature]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**arguments)).save_pretrained(str(tmp_path / "a"))
-    with refused(base, list(UNREAD[feature])[-1]):
-        lk.load(base, tmp_path / "a")
-
-
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_that_changed_its_base_is_refused_or_acts_as_in_peft(init, tmp_path):
     base, x, targets = build("mlp")

@@ -12,6 +12,7 @@ from lorakit.errors import LorakitError
 from lorakit.formats.archive import read_npz
 from lorakit.formats.gguf_file import read_gguf
 from lorakit.formats.pickled import read_pickled
+from lorakit.patterns import some
 from lorakit.storage import read_json_object, read_tensors
 
 Container = Literal["safetensors", "torch", "npz", "gguf"]
@@ -46,6 +47,7 @@ def read_content(path: Path) -> Content:
         LorakitError: there is none, or it is damaged.
     """
     file = _file(path)
+    path = file.parent if path.is_dir() else path
     container = _container(file)
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = {}
@@ -66,8 +68,12 @@ def _file(path: Path) -> Path:
     if not path.is_dir():
         return path
     found = [path / name for name in NAMES if (path / name).is_file()] or sorted(path.glob("*.gguf"))
-    if not found:
-        raise LorakitError(f"{path} holds none of {', '.join(NAMES)}; name the file itself")
+    if not found:  # PEFT saves an adapter of another name than "default" in a directory of that name
+        below = sorted(child for child in path.iterdir() if any((child / name).is_file() for name in NAMES))
+        if len(below) == 1:
+            return _file(below[0])
+        what = f"; {some([child.name for child in below])} in it do: name the one that is meant" if below else ""
+        raise LorakitError(f"{path} holds none of {', '.join(NAMES)}{what or '; name the file itself'}")
     if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
         raise LorakitError(f"{path} holds {' and '.join(file.name for file in found)}: name the one that is meant")
     return found[0]

@@ -24,7 +24,7 @@ from lorakit.formats.form import Format, Known, Written
 from lorakit.formats.image import Parts, adapter_of, weights_of, whole
 from lorakit.formats.names import Names, of_part
 from lorakit.patterns import some
-from lorakit.peft_config import header_from_peft
+from lorakit.peft_fields import header_from_peft
 from lorakit.storage import parse_json_object
 from lorakit.variants import Full, LoHa, LoKr, LoRA
 

@@ -52,8 +52,9 @@ class Format:
     read: Callable[[Content, Known], Adapter]
     write: Callable[[Adapter, Known], Written] | None = None
     """Raises a `LorakitError` that lists everything the format cannot hold and outputs depend on."""
-    parts: Callable[[Content, Known], tuple[Header, dict[str, Tensor]]] | None = None
-    """For formats whose keys are the native ones: header and tensors, which nobody has compared with each other."""
+    parts: Callable[[Content, Known], tuple[Header, dict[str, Tensor]] | None] | None = None
+    """For formats whose keys are the native ones: header and tensors, which nobody has compared with each other; None
+    of a file whose names are not those of a model's layers, after all."""
     takes: tuple[str, ...] = ()
     """Which fields of `Known` a file of this format may lack, and is read with; other ones are an error."""
     suffixes: tuple[str, ...] = (".safetensors",)

@@ -1,33 +1,39 @@
 """The native form, which is PEFT's with a header of ours in it; and PEFT's own, with or without a config."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
-from lorakit.formats.form import Format, Known, Written
+from lorakit.formats.form import Format, Known, Written, no_place
+from lorakit.formats.peft_keys import NAMING, Theirs, understood
+from lorakit.formats.peft_resolve import resolve_parameters
 from lorakit.header import PREFIX, Header, parse_header
-from lorakit.native import native_files
-from lorakit.peft_config import header_from_peft, peft_disagreements
+from lorakit.native import CONFIG, TENSORS, finite, native_files
+from lorakit.peft_config import beyond_peft, peft_config, peft_disagreements
+from lorakit.peft_fields import header_from_peft
+from lorakit.peft_layout import from_peft, to_peft
 from lorakit.variants import LoRA
-
-_CONFIG = "adapter_config.json"
 
 
 def read_native(content: Content, known: Known) -> Adapter:
     """What lorakit wrote."""
-    return Adapter.of(native_header(content), content.tensors, str(content.path))
+    header, tensors = native_parts(content, known)
+    return Adapter.of(header, tensors, str(content.path))
 
 
 def native_parts(content: Content, known: Known) -> tuple[Header, dict[str, Tensor]]:
     """The header and the tensors of what lorakit wrote."""
-    return native_header(content), dict(content.tensors)
+    header = native_header(content)
+    return header, from_peft(header, content.tensors, str(content.path))
 
 
 def native_header(content: Content) -> Header:
@@ -39,49 +45,73 @@ def native_header(content: Content) -> Header:
     header = parse_header(content.metadata["lorakit"], str(content.file))
     if content.config is not None and (fields := peft_disagreements(header, content.config)):
         raise LorakitError(
-            f"{content.path}: {_CONFIG} and {content.file.name} are of two different saves: they disagree on "
-            f"{', '.join(fields)}; save again, or delete {_CONFIG} to trust the tensors' own header"
+            f"{content.path}: {CONFIG} and {content.file.name} are of two different saves: they disagree on "
+            f"{', '.join(fields)}; save again, or delete {CONFIG} to trust the tensors' own header"
         )
     return header
 
 
 def read_peft(content: Content, known: Known) -> Adapter:
     """What PEFT wrote."""
-    header, tensors = _parts(content, known)
+    header, tensors, unresolved = _parts(content, known)
     missing = ("alpha",) if content.config is None and known.alpha is None else ()
-    return Adapter.of(header, tensors, str(content.path), format="peft", missing=missing)
+    naming = NAMING if unresolved else ""
+    return Adapter.of(header, tensors, str(content.path), format="peft", missing=missing, naming=naming)
 
 
-def peft_parts(content: Content, known: Known) -> tuple[Header, dict[str, Tensor]]:
-    """The header and the tensors of what PEFT wrote.
+def peft_parts(content: Content, known: Known) -> tuple[Header, dict[str, Tensor]] | None:
+    """The header and the tensors of what PEFT wrote; None if the model must say first what some of them mean.
 
     Raises:
         LorakitError: alpha is neither in the file nor given.
     """
     if content.config is None and known.alpha is None:
         raise LorakitError(
-            f"{content.path} has no {_CONFIG} beside it to say its alpha, and that is never guessed: give alpha=..."
+            f"{content.path} has no {CONFIG} beside it to say its alpha, and that is never guessed: give alpha=..."
         )
-    return _parts(content, known)
+    header, tensors, unresolved = _parts(content, known)
+    return None if unresolved else (header, tensors)
 
 
-def _parts(content: Content, known: Known) -> tuple[Header, dict[str, Tensor]]:
-    tensors = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in content.tensors.items()}
+def _parts(content: Content, known: Known) -> Theirs:
     if content.config is None:
-        return _without_config(tensors, known, content.path), tensors
+        tensors = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in content.tensors.items()}
+        return Theirs(_without_config(tensors, known, content.path), tensors, False)
     if known.alpha is not None:
-        raise LorakitError(f"{content.path}: its {_CONFIG} says its alpha: leave alpha= away")
-    header = header_from_peft(content.config, tensors, content.path)
-    return header, {key: tensor for key, tensor in tensors.items() if key not in header.variant.shared_names}
+        raise LorakitError(f"{content.path}: its {CONFIG} says its alpha: leave alpha= away")
+    return understood(content.config, content.tensors, content.path)
 
 
 def write_native(adapter: Adapter, known: Known) -> Written:
     """Everything: nothing is lost."""
+    _check_named(adapter)
+    return Written(native_files(adapter.header, adapter.state_dict()))
+
+
+def write_peft(adapter: Adapter, known: Known) -> Written:
+    """PEFT's own two files, without what PEFT does not know.
+
+    Raises:
+        LorakitError: it could not have all that outputs depend on.
+    """
+    _check_named(adapter)
+    header, tensors = adapter.header, adapter.state_dict()
+    no_place("PEFT", beyond_peft(header, tensors))
+    checked = finite(header.name, tensors)
+    return Written(
+        {
+            TENSORS: to_safetensors(to_peft(header, checked), metadata={"format": "pt"}),
+            CONFIG: json.dumps(peft_config(header, checked), indent=2).encode(),
+        },
+        ("fingerprints of the base, and how each weight was adapted",),
+    )
+
+
+def _check_named(adapter: Adapter) -> None:
     if adapter.naming:
         raise LorakitError(
             f"{adapter.name!r} has the names of {adapter.format}, not of a model's layers: name the model's first"
         )
-    return Written(native_files(adapter.header, adapter.state_dict()))
 
 
 def _without_config(tensors: Mapping[str, Tensor], known: Known, path: Path) -> Header:
@@ -92,7 +122,7 @@ def _without_config(tensors: Mapping[str, Tensor], known: Known, path: Path) -> 
         if key.endswith(".lora_A.weight") and tensor.dim() >= 1
     }
     if not ranks:
-        raise LorakitError(f"{path} has no {_CONFIG} beside it, and only plain LoRA is read without")
+        raise LorakitError(f"{path} has no {CONFIG} beside it, and only plain LoRA is read without")
     common = Counter(ranks.values()).most_common(1)[0][0]
     alpha = known.alpha or common
     # What is no factor can only be modules that were saved as a whole, or biases.
@@ -120,4 +150,9 @@ def _is_peft(content: Content) -> bool:
 
 
 LORAKIT = Format("lorakit", "this library's own", _is_native, read_native, write_native, native_parts, directory=True)
-PEFT = Format("peft", "Hugging Face PEFT", _is_peft, read_peft, parts=peft_parts, takes=("alpha",), directory=True)
+PEFT = Format(
+    *("peft", "Hugging Face PEFT", _is_peft, read_peft, write_peft, peft_parts),
+    takes=("alpha",),
+    directory=True,
+    resolve={NAMING: resolve_parameters},
+)
