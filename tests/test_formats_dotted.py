@@ -25,7 +25,7 @@ LIST_OUTCOMES = {
     "anima_lora_kohya_with_te_format": ("kohya", 9),
     "anima_lora_lokr_format": ("comfyui", "DoRA magnitude on LoKr"),
     "anima_lora_peft_format": ("comfyui", 6),
-    "flux_control_lora_format": ("diffusers", "lora_B.bias"),
+    "flux_control_lora_format": ("diffusers", 780),
     "flux_dora_onetrainer_format": ("kohya", "a magnitude of each input"),
     "flux_lokr_bfl_format": ("comfyui", 6),
     "flux_lora_aitoolkit_format": ("comfyui", 228),
@@ -207,6 +207,32 @@ def test_whole_parameters_are_held(tmp_path):
     assert_bits(content(tmp_path / "b.safetensors"), content(path))
 
 
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_biases_of_control_loras(net, tmp_path, alpha):
+    tensors, deltas = made(net, lambda W: lora(W, alpha=alpha))
+    added = {layer: rand(W.shape[0], seed=3) for layer, W in weights_of(net).items()}
+    given = {**dotted(tensors, "transformer.", new), **{f"transformer.{n}.lora_B.bias": b for n, b in added.items()}}
+    path = write_file(tmp_path / "a.safetensors", given)
+    wanted = copy.deepcopy(net)
+    with torch.no_grad():
+        for layer, bias in added.items():
+            wanted.get_submodule(layer).bias += bias * ((alpha or 2) / 2)
+    wanted = dense(wanted, deltas)(INPUT)
+    value = read(path)
+    with pytest.raises(lk.LorakitError, match="give the model itself"):
+        renamed_for(value, list(weights_of(net)))
+    if alpha is None:
+        write(value, tmp_path / "b.safetensors", "diffusers")
+        assert_bits(content(tmp_path / "b.safetensors"), content(path))
+    else:
+        with pytest.raises(lk.LorakitError, match="no place"):
+            write(value, tmp_path / "b.safetensors", "diffusers")
+    with pytest.raises(lk.LorakitError, match="no layer's whole weight"):
+        write(value.with_weights(value.weights, naming=""), tmp_path / "b.safetensors", "kohya", part="unet")
+    lk.load(net, path)
+    assert_close(net(INPUT), wanted)
+
+
 def test_config_in_the_metadata(net, tmp_path):
     tensors, _ = made(net, METHODS["without_alpha"])
     config = {
@@ -228,7 +254,6 @@ def test_config_in_the_metadata(net, tmp_path):
         ("[1]", "lora_adapter_metadata"),
         ('{"unet.r": 2}', "lora_alpha"),
         ('{"unet.r": 3, "unet.lora_alpha": 1}', "rank 3"),
-        ('{"unet.r": 2, "unet.lora_alpha": 1, "unet.lora_bias": true}', "lora_bias"),
         ('{"unet.r": 2, "unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 1}}', "config"),
         ('{"unet.r": 2, "unet.lora_alpha": 1, "unet.alpha_pattern": 7}', "config"),
         ('{"unet.r": 2, "unet.lora_alpha": 1, "unet.use_dora": true}', "config"),
@@ -258,7 +283,9 @@ def test_dotted_damage(net, tmp_path):
     base = dotted(tensors, "unet.", new)
     stem = "unet.down_blocks.0.to_q"
     for change, word in (
-        ({f"{stem}.lora_B.bias": rand(8)}, "lora_B.bias"),
+        ({f"{stem}.lora_B.bias": rand(7)}, "adds (7,)"),
+        ({f"{stem}.lora_B.bias": rand(8, 1)}, "is no bias"),
+        ({"unet.nowhere.lora_B.bias": rand(8)}, "is no bias"),
         ({f"{stem}.alpha": torch.tensor(torch.nan)}, "alpha is nan"),
         ({f"{stem}.lora_A.default.weight": rand(2, 6)}, "under another name"),
         ({f"{stem}.lora.down.weight": rand(2, 6)}, "under another name"),
@@ -288,7 +315,9 @@ def test_xlabs(tmp_path, prefix):
         for end, shape in (("down", (2, 4)), ("up", (d, 2)))
     }
     path = write_file(tmp_path / "a.safetensors", tensors)
-    assert read(path).format == "xlabs"
+    value = renamed_for(read(path), model)
+    assert value.format == "xlabs"
+    write(value, tmp_path / "native.safetensors")
     x, before = rand(3, 4), model["double_blocks"][0]["txt_attn"].qkv(rand(3, 4))
     lk.load(model, path)
     key = f"{prefix}double_blocks.0.processor.qkv_lora2"

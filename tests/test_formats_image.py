@@ -18,6 +18,7 @@ from lorakit.files import adapter_value
 from lorakit.formats import Names
 from lorakit.formats.flattened import fitting_names, flatten
 from lorakit.formats.kohya import PREFIXES
+from lorakit.formats.lycoris import factors_of_diff
 from lorakit.header import WeightEntry
 
 
@@ -98,6 +99,14 @@ def test_a_split_for_each_side_of_its_own(net, tmp_path):
     lk.save(net, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORAKIT" and "factor=(2, 1)" in config["reasons"][0]
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (7, 2, 1, 1), (40, 2, 3, 3), (3, 2, 3, 3)])
+def test_a_whole_difference_is_exact(shape):
+    delta = rand(*shape)
+    A, B = factors_of_diff(delta)
+    assert A.shape[0] == B.shape[1] == min(shape[0], delta[0].numel()) and A.shape[1:] == shape[1:]
+    assert torch.equal((B.flatten(1) @ A.flatten(1)).reshape(shape), delta)
 
 
 def test_without_alpha_one_is_written(net, tmp_path):
@@ -224,7 +233,7 @@ DAMAGES = {
     "vector": (_put("lora_down.weight", torch.ones(6)), "no two factors"),
     "four axes": (_put("lora_down.weight", rand(2, 6, 1, 1)), "no two factors"),
     "integers": (_put("lora_down.weight", torch.ones(2, 6, dtype=torch.int32)), "int32"),
-    "empty": (_put("lora_down.weight", torch.ones(0, 6)), "rank"),
+    "empty": (_put("lora_down.weight", torch.ones(0, 6)), "is empty"),
     "inputs' magnitude": (_put("dora_scale", torch.ones(1, 6)), "of each input"),
     "strange magnitude": (_put("dora_scale", torch.ones(3)), "does not say"),
     "bias": (_put("diff_b", torch.ones(8)), "cannot be held"),

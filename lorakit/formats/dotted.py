@@ -1,7 +1,9 @@
 """Keys with dotted names: which family a file is of, and what of a key is the layer's name."""
 
 import re
+from typing import Literal
 
+from lorakit.formats.addend import END
 from lorakit.formats.cloneofsimo import is_cloneofsimo
 from lorakit.formats.content import Content
 from lorakit.formats.image import ROLES, ending_of, is_plain
@@ -9,7 +11,20 @@ from lorakit.formats.kohya import is_kohya
 from lorakit.formats.xlabs import is_xlabs
 from lorakit.header import PREFIX
 
-FAMILIES = ("diffusers", "diffusers-old", "comfyui")
+Family = Literal["diffusers", "diffusers-old", "comfyui"]
+PARTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "controlnet",
+)
+"""The models of a pipeline, which the first word of a name is."""
+METADATA = "lora_adapter_metadata"
+"""The key of a config of PEFT in the metadata, as JSON."""
 _OLD = re.compile(r"[._]lora\.(down|up)\.weight$|\.lora_linear_layer\.(down|up)\.weight$")
 _OTHERS = re.compile(r"\.(lora_down|lora_up|lora_mid)\.weight$|\.(lokr_[wt][12](_[ab])?|hada_[wt][12](_[ab])?)$")
 _NEW = re.compile(r"\.lora_[AB](\.default)?\.weight$")
@@ -20,7 +35,7 @@ _OWN = ("weight", "bias", "scale")
 """What a parameter is called that is held as a whole, such as those of norms."""
 
 
-def family_of(content: Content) -> str | None:
+def family_of(content: Content) -> Family | None:
     """Which of the dotted families a file is of; None if it is none of them."""
     if not is_plain(content) or any(key.startswith(PREFIX) for key in content.tensors):
         return None
@@ -37,7 +52,10 @@ def family_of(content: Content) -> str | None:
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """The layer's name and the role; "whole" of a parameter as a whole, of which the name is the parameter's."""
+    """The layer's name and the role.
+
+    It is "whole" of a parameter as a whole, of which the name is the parameter's, and "addend" of a bias of B.
+    """
     found = _PROCESSOR.match(key)
     if found is not None:
         layer = ".".join(filter(None, (found[1], "to_out.0" if found[2] == "to_out" else found[2])))
@@ -46,6 +64,8 @@ def split_key(key: str) -> tuple[str, str | None]:
     if found is not None:  # of text encoders, under the names that the UNet's attention has
         name = _TEXT_NAMES[found[2]] if ".self_attn" in found[1] else found[2].replace("to_out", "to_out.0")
         return f"{found[1]}.{name}", "A" if found[3] == "down" else "B"
+    if key.endswith("." + END):
+        return key.removesuffix("." + END), "addend"
     end = ending_of(key)
     if end is not None and end != key:
         layer = key.removesuffix("." + end).replace(".processor.", ".")
@@ -54,3 +74,9 @@ def split_key(key: str) -> tuple[str, str | None]:
     if own in _OWN and path and not re.search(r"(^|\.)(lora|lokr|hada|oft|diff|ia3|vera|dora)[_.A-Z]|(^|\.)lora", key):
         return key, "whole"
     return key, None
+
+
+def part_of(path: str) -> str:
+    """The model of a pipeline that a name begins with; "" if it is the layer's alone."""
+    first = path.partition(".")[0]
+    return first if first in PARTS else ""

@@ -125,6 +125,11 @@ def _weight(path: str, parts: Parts) -> AdapterWeight:
         raise LorakitError(f"it has {', '.join(sorted(parts))}, which are of several methods")
     if not kinds:
         raise LorakitError(f"it has {', '.join(sorted(parts))} and no factors")
+    for role, tensor in parts.items():
+        if role != "alpha" and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
+            raise LorakitError(f"its {role} is of dtype {tensor.dtype}; floats of 16 bits or more are needed")
+        if role != "alpha" and not tensor.numel():
+            raise LorakitError(f"its {role} of shape {tuple(tensor.shape)} is empty")
     variant, tensors = _METHODS[kind](parts)
     return AdapterWeight(_entry(path), variant, tensors)
 

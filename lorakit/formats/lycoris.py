@@ -67,8 +67,6 @@ def contracted(core: Tensor, down: Tensor) -> Tensor:
     if core.shape[0] * flat.shape[1] * math.prod(core.shape[2:]) > _MOST:
         raise LorakitError(f"{shapes}: their product is too large")
     dtype = torch.promote_types(torch.promote_types(core.dtype, flat.dtype), torch.float32)
-    if not dtype.is_floating_point:
-        raise LorakitError(f"{shapes} are no floats")
     product = torch.einsum("pq...,qi->pi...", core.to(dtype), flat.to(dtype))
     return product.contiguous()
 
@@ -79,16 +77,13 @@ def factors_of_diff(diff: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         LorakitError: it is no matrix, such as the change of a norm.
     """
-    if diff.dim() < 2 or not diff.numel():
+    if diff.dim() < 2:
         raise LorakitError(f"its diff of shape {tuple(diff.shape)} changes no matrix, and only those can be held")
-    if not diff.dtype.is_floating_point or diff.dtype.itemsize < 2:
-        raise LorakitError(f"its diff is of dtype {diff.dtype}; floats of 16 bits or more are needed")
     d, k = diff.flatten(1).shape
-    if diff.dim() == 2 and k < d:
-        return torch.eye(k, dtype=diff.dtype), diff
-    if d > k**2:
-        raise LorakitError(f"its diff of shape {tuple(diff.shape)} is no weight of a convolution")
-    return diff, torch.eye(d, dtype=diff.dtype).reshape(d, d, *(1 for _ in diff.shape[2:]))
+    ones = [1 for _ in diff.shape[2:]]
+    if k < d:
+        return torch.eye(k, dtype=diff.dtype).reshape(k, *diff.shape[1:]), diff.reshape(d, k, *ones)
+    return diff, torch.eye(d, dtype=diff.dtype).reshape(d, d, *ones)
 
 
 def kronecker(parts: Mapping[str, Tensor]) -> tuple[Variant, Mapping[str, Tensor]]:
@@ -98,11 +93,15 @@ def kronecker(parts: Mapping[str, Tensor]) -> tuple[Variant, Mapping[str, Tensor
         LorakitError: they do not fit together.
     """
     tensors = {name: parts[key] for name, key in LoKr.file_names.items() if key in parts}
+    if "lokr_t2" in parts and "w2" in tensors:
+        raise LorakitError("it has lokr_t2 beside a whole lokr_w2")
     if "lokr_t1" in parts:
         raise LorakitError("it has lokr_t1, which is not known")
     if "lokr_t2" in parts and {"w2_a", "w2_b"} <= tensors.keys():  # a: (r, d₂), b: (r, k₂), core (r, r, *kernel)
+        if tensors["w2_a"].dim() != 2:
+            raise LorakitError(f"its lokr_w2_a {tuple(tensors['w2_a'].shape)} is no matrix")
         tensors["w2_b"] = contracted(parts["lokr_t2"], tensors["w2_b"]).flatten(1)
-        tensors["w2_a"] = tensors["w2_a"].to(torch.float32).mT.contiguous()
+        tensors["w2_a"] = tensors["w2_a"].mT.contiguous()
         dtype = tensors["w2_b"].dtype
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())

@@ -40,7 +40,7 @@ def read(content: Content, known: Known) -> Adapter:
         if role in groups.setdefault(path, {}):
             problems.append(f"{key!r} is there under another name, too")
         groups[path][role] = tensor
-    return adapter_of(content, weights_of(groups, problems), problems, format="xlabs", naming="parts")
+    return adapter_of(content, weights_of(groups, problems), problems, format="xlabs")
 
 
 XLABS = Format("xlabs", "XLabs' Flux", is_xlabs, read, takes=("part",))
