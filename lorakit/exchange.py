@@ -1,11 +1,11 @@
 """Adapters as values, from files of any format and into them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, check_known
 from lorakit.errors import LorakitError
@@ -45,7 +45,7 @@ def read(
 
 def renamed_for(
     adapter: Adapter,
-    names: Sequence[str] | nn.Module,
+    names: Sequence[str] | nn.Module | Mapping[str, Tensor] | os.PathLike[str],
     *,
     part: str | None = None,
     heads: int | None = None,
@@ -55,7 +55,7 @@ def renamed_for(
 
     Args:
         adapter: what `read` gave.
-        names: the model, or the names of its parameters.
+        names: the model, the path of a checkpoint, tensors by their names, or the names of its parameters.
         part: which model of a pipeline it is, if the adapter is about several.
         heads: attention heads, if the model has no config that says it; and
         kv_heads: those of keys and values, if there are fewer.
@@ -65,7 +65,12 @@ def renamed_for(
     """
     from lorakit.formats import Known, Names, resolved
 
-    target = Names.of_model(names) if isinstance(names, nn.Module) else Names.of_list(names)
+    if isinstance(names, nn.Module):
+        target = Names.of_model(names)
+    elif isinstance(names, Mapping | os.PathLike):
+        target = Names.of_checkpoint(names)
+    else:
+        target = Names.of_list(names)
     return resolved(adapter, target, Known(heads=heads, kv_heads=kv_heads, part=part))
 
 

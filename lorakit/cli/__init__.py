@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from lorakit.cli.checkpoints import extract, merge
+from lorakit.cli.combine import combine, resize
+from lorakit.cli.compare import compare
+from lorakit.cli.convert import convert
 from lorakit.cli.digits import digits
 from lorakit.cli.inspect import inspect
 from lorakit.cli.svd import svd
@@ -34,9 +38,8 @@ def _root(
     """LoRA for any PyTorch model."""
 
 
-app.command()(digits)
-app.command()(svd)
-app.command()(inspect)
+for command in (inspect, compare, combine, resize, extract, merge, convert, svd, digits):
+    app.command()(command)
 
 
 def main() -> None:

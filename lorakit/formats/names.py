@@ -1,15 +1,18 @@
 """The names of a model's weights, which names in files are resolved against."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.index import Index
+from lorakit.opening import open_checkpoint
 from lorakit.patterns import some
+from lorakit.storage import read_json_object
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class Names:
         return cls(
             {name if name.rpartition(".")[2] in ("weight", "bias") else f"{name}.weight": None for name in names}
         )
+
+    @classmethod
+    def of_checkpoint(cls, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> "Names":
+        """The names in a checkpoint of any form, and the transformers config beside it.
+
+        Raises:
+            LorakitError: it is no checkpoint, or damaged.
+        """
+        checkpoint = open_checkpoint(source, "the checkpoint of names")
+        config = None if checkpoint.folder is None else checkpoint.folder / "config.json"
+        known = read_json_object(config) if config is not None and config.is_file() else {}
+        return cls({name: tuple(stored.shape) for name, stored in checkpoint.tensors.items()}, known)
 
     @property
     def layers(self) -> list[str]:
@@ -114,4 +129,4 @@ def of_part(adapter: Adapter, names: Names, part: str | None) -> Adapter:
         raise LorakitError(f"{adapter.name!r} has no part {part!r}; it has {some(list(parts))}")
     others = tuple(f"{len(mine)} weights of {other!r}" for other, mine in parts.items() if other != part)
     mine = (w._replace(entry=w.entry._replace(path=w.entry.path.partition(".")[2])) for w in parts[part])
-    return adapter.with_weights(mine, left_out=adapter.left_out + others)
+    return adapter.with_weights(mine, left_out=adapter.left_out + others, naming="")

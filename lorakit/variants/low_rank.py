@@ -126,8 +126,9 @@ class LowRank(Variant, ABC):
 
 def low_rank_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a LoraConfig of PEFT gives."""
-    if config["lora_alpha"] is None:
-        raise KeyError("lora_alpha")  # it is there, and says nothing
+    for field in ("r", "lora_alpha"):
+        if config[field] is None:
+            raise KeyError(field)  # it is there, and says nothing
     return {
         "rank": config["r"],
         "alpha": config["lora_alpha"],

@@ -1,0 +1,81 @@
+"""`lorakit extract` and `lorakit merge`: whole checkpoints, one tensor at a time."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakit.cli.common import check_output, reporting
+from lorakit.cli.options import Alpha, Energy, Error, Force, From, Heads, Part, Rank, To
+from lorakit.errors import LorakitError
+
+
+def extract(
+    base: Annotated[Path, typer.Argument(help="The checkpoint that training began with: a file, or shards.")],
+    tuned: Annotated[Path, typer.Argument(help="The checkpoint that it ended with.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter to write.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    error: Error = None,
+    to: To = "lorakit",
+    force: Force = False,
+) -> None:
+    """Turn a full fine-tune into an adapter: the best low-rank ΔW of each matrix, and changed vectors whole.
+
+    Tensors are read one at a time. What is not captured is reported.
+    """
+    from lorakit.exchange import write
+    from lorakit.extract import extract as extract_adapter
+
+    if rank is None and energy is None and error is None:
+        raise LorakitError("how much of the change? Give --rank, --energy or --error")
+    check_output(out, force)
+    with reporting("Extracting") as moved:
+        adapter, report = extract_adapter(
+            base, tuned, rank=rank, energy=energy, error=error, name=out.stem, progress=moved
+        )
+    lost = write(adapter, out, to)
+    typer.echo(str(report))
+    for what in lost:
+        typer.echo(f"not held by {to}: {what}")
+    typer.echo(f"written: {out}")
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(help="A checkpoint: a file, or a directory of shards.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter of any format.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The checkpoint to write, in the base's layout and dtype.")
+    ],
+    strength: Annotated[float, typer.Option(help="The factor before ΔW.")] = 1.0,
+    least_survival: Annotated[
+        float, typer.Option(help="Refuse if rounding leaves less than this share of an update; 0 never does.")
+    ] = 0.5,
+    part: Part = None,
+    alpha: Alpha = None,
+    come_from: From = None,
+    heads: Heads = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the base's fingerprints.")] = True,
+    force: Force = False,
+) -> None:
+    """Fold an adapter into a checkpoint: W + ΔW, formed in 32 bits, rounded once to the base's dtype."""
+    from lorakit.exchange import read
+    from lorakit.formats import Known, Names, resolved
+    from lorakit.merge_checkpoint import merge_checkpoint
+
+    check_output(out, force)
+    value = read(adapter, format=come_from, alpha=alpha, heads=heads)
+    value = resolved(value, Names.of_checkpoint(base), Known(heads=heads, part=part))
+    with reporting("Merging") as moved:
+        report = merge_checkpoint(
+            base,
+            value,
+            out,
+            scale=strength,
+            least_survival=least_survival,
+            verify="sample" if verify else "off",
+            force=force,
+            progress=moved,
+        )
+    typer.echo(str(report))
+    typer.echo(f"written: {out}")

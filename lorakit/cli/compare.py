@@ -1,0 +1,80 @@
+"""`lorakit compare`: two adapters side by side."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorakit.cli.common import counted, natural_order, printable, show_table
+from lorakit.cli.options import Alpha, NamesFrom, names_in
+
+if TYPE_CHECKING:
+    from lorakit.adapter import Adapter
+
+COLUMNS = ("weight", "‖ΔW‖ of A", "of B", "distance", "cosine", "φ in", "φ out")
+EXPLANATION = """\
+distance    ‖ΔW of A − ΔW of B‖ in units of the larger: 0 is the same update
+cosine      how alike the two point: 1 the same way, 0 unrelated, −1 against each other
+φ in, out   how much of the directions read from, and written to, both share: 0 none, 1 all (LoRA paper, §7.2)"""
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="An adapter of any format.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same base.")],
+    alpha: Alpha = None,
+    names: NamesFrom = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")] = False,
+) -> None:
+    """Say for each weight how much two adapters change, how alike they are, and whether they collide."""
+    from lorakit.comparison import compare as compared
+    from lorakit.exchange import read
+
+    left, right = _named_alike(read(a, alpha=alpha), read(b, alpha=alpha), names)
+    found = compared(left, right)
+    shared = _shared(left, right)
+    if as_json:
+        weights = [{**asdict(w), "overlap": shared.get(w.name)} for w in found.weights]
+        rest = {"only_a": found.only[0], "only_b": found.only[1], "unlike": found.unlike}
+        typer.echo(json.dumps({"same": found.same, "distance": found.distance, **rest, "weights": weights}, indent=2))
+        return
+    typer.echo(f"A: {a} ({left.format}), {counted(len(left.weights), 'weight')}")
+    typer.echo(f"B: {b} ({right.format}), {counted(len(right.weights), 'weight')}\n")
+    rows = []
+    for w in sorted(found.weights, key=lambda w: natural_order(w.name)):
+        phi = [f"{value:.2f}" for value in shared[w.name]] if w.name in shared else ["–", "–"]
+        rows.append((printable(w.name), *(f"{n:.4g}" for n in w.norms), f"{w.distance:.3g}", f"{w.cosine:.3f}", *phi))
+    if rows:
+        show_table(COLUMNS, rows)
+        typer.echo("")
+    for which, only in zip("AB", found.only, strict=True):
+        if only:
+            typer.echo(f"only {which} changes {', '.join(map(printable, only))}")
+    for problem in found.unlike:
+        typer.echo(f"not compared: {printable(problem)}")
+    verdict = "the same adapter" if found.same else "two adapters"
+    typer.echo(f"{verdict}: distance {found.distance:.3g} over {counted(len(found.weights), 'weight')} of both\n")
+    typer.echo(EXPLANATION)
+
+
+def _named_alike(a: "Adapter", b: "Adapter", names: Path | None) -> "tuple[Adapter, Adapter]":
+    """Both with names of one kind: those of a model, or those that one of them has."""
+    from lorakit.exchange import renamed_for
+    from lorakit.formats import Known, resolved
+
+    if names is not None:
+        target = names_in(names)
+        return resolved(a, target, Known()), resolved(b, target, Known())
+    if a.naming and not b.naming:
+        return renamed_for(a, [weight.name for weight in b.weights]), b
+    if b.naming and not a.naming:
+        return a, renamed_for(b, [weight.name for weight in a.weights])
+    return a, b
+
+
+def _shared(a: "Adapter", b: "Adapter") -> dict[str, tuple[float, float]]:
+    """φ at full rank of the inputs' and of the outputs' directions, for weights where both do something."""
+    from lorakit.measures import overlap
+
+    return {w.name: (w.inputs, w.outputs) for w in overlap(a, b).weights}
