@@ -136,6 +136,28 @@ def test_one_model_of_several(net, tmp_path):
         lk.load(plain, path, part="text_encoder")
 
 
+def test_pickled_files_and_prefixes_as_parts(net, tmp_path):
+    tensors, deltas = made(net, lora)
+    two = {**kohya(tensors, "lora_te_"), **kohya(tensors, "lora_te1_")}
+    torch.save(two, tmp_path / "a.pt")
+    value = read(tmp_path / "a.pt")
+    assert value.format == "kohya" and len(value.weights) == 2 * len(deltas)
+    for part in (None, "text_encoder"):
+        with pytest.raises(lk.LorakitError, match="say which is meant"):
+            renamed_for(value, net, part=part)
+    named = renamed_for(value, net, part="lora_te1")
+    assert {weight.name for weight in named.weights} == set(deltas)
+    write(named, tmp_path / "b.safetensors", "kohya", part="text_encoder_2")
+    assert all(key.startswith("lora_te2_") for key in content(tmp_path / "b.safetensors"))
+
+
+def test_a_name_of_any_length_is_refused_at_once(net, tmp_path):
+    tensors, _ = made(net, lora)
+    tensors["x" * 200_000] = tensors["down_blocks.0.to_q"]
+    with refused(net, "fits no layer"):
+        lk.load(net, write_file(tmp_path / "a.safetensors", kohya(tensors)))
+
+
 def test_the_root_of_text_encoders_may_be_there_or_not():
     class Layer(nn.Module):
         def __init__(self):

@@ -11,6 +11,7 @@ from lorakit.formats.names import Names
 
 _NEAREST = 8
 """For how many names that fit nothing the nearest ones are looked for: each is compared with all of the model's."""
+_LONGEST = 300
 _ROOT = "text_model_"
 """What encoders of CLIP have, or had, before the names of their layers."""
 
@@ -40,10 +41,15 @@ def fitting_names(mine: Mapping[str, AdapterWeight], names: Names, problems: lis
         if layers:
             found[rest] = layers[0]
             continue
-        near = difflib.get_close_matches(spellings[rest], table, n=3, cutoff=0.6) if len(problems) < _NEAREST else []
+        near = _near(spellings[rest], table) if len(problems) < _NEAREST else []
         nearest = ", ".join(repr(layer) for name in near for layer in table[name])
         problems.append(f"{weight.entry.path!r} fits no layer" + (f"; the nearest are {nearest}" if nearest else ""))
     return found
+
+
+def _near(name: str, table: Mapping[str, object]) -> list[str]:
+    """Names like this one; of a longer one than any, from a damaged file, nothing is looked for."""
+    return difflib.get_close_matches(name, table, n=3, cutoff=0.6) if len(name) <= _LONGEST else []
 
 
 def _spelling(mine: Iterable[str], table: Mapping[str, object]) -> dict[str, str]:
