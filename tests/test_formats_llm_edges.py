@@ -20,7 +20,7 @@ from test_formats_llama import (
     tune_files,
     tune_tensors,
 )
-from test_formats_llm import IDS, Net, by_loralib, by_mlx, mlx_files, up_to_qkv
+from test_formats_llm import IDS, SHARED, Net, by_loralib, by_mlx, mlx_files, up_to_qkv
 from torch import nn
 
 import lorakit as lk
@@ -287,3 +287,26 @@ def test_mlx_config_keys_reach_every_layer(tmp_path):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["num_layers"] == -1 and config["lora_parameters"]["keys"] == ["self_attn.q_proj", "lm_head"]
     assert read(tmp_path / "a").format == "mlx"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs real adapters in $LORAKIT_SHARED/adapters")
+@torch.no_grad()
+def test_the_paper_s_own_adapter_loads_onto_its_architecture():
+    """Factors and the classifier, which was trained as a whole, on a base of the same shapes with few words."""
+    file = SHARED / "loralib-roberta-base-mnli" / "roberta_base_lora_mnli.bin"
+    config = transformers.RobertaConfig(vocab_size=9, intermediate_size=16, num_labels=3, max_position_embeddings=16)
+    torch.manual_seed(0)
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    ids = torch.tensor([[0, 5, 7, 2]])
+    tensors = read_content(file).tensors
+    plan = lk.load(model, file, alpha=16)
+    got = model(ids).logits
+    lk.detach(model)
+    for key, value in tensors.items():
+        if key.endswith("lora_A"):
+            B = tensors[key[:-1] + "B"]
+            model.get_parameter(key.replace("lora_A", "weight")).add_(16 / 8 * B @ value)
+        elif not key.endswith("lora_B"):
+            model.get_parameter(key).copy_(value)
+    assert str(plan)
+    assert_close(got, model(ids).logits, factor=10)
