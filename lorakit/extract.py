@@ -12,7 +12,7 @@ from torch import Tensor
 from lorakit.adapter import Adapter, AdapterWeight
 from lorakit.algebra import approximate
 from lorakit.algebra.low_rank import check_bounds
-from lorakit.checkpoint import Checkpoint, listed, same
+from lorakit.checkpoint import Checkpoint, give_back, listed, same
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import WeightEntry
@@ -26,7 +26,7 @@ from lorakit.tables import shape as shown
 from lorakit.tables import table
 from lorakit.variants import Full, LoRA, Variant
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 """Numbers that are widened at a time."""
 
 
@@ -151,6 +151,7 @@ def extract(
         except LorakitError as problem:
             problems.append(f"{each!r}: {problem}")
             continue
+        give_back()
         if found is None:
             unchanged += 1  # in how zeros are signed, say
         else:
@@ -269,8 +270,10 @@ def _difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Tensor:
     dtype = accumulation_dtype(base[name].dtype)
     delta = tuned.read(name).to(dtype)
     flat, other = delta.view(-1), base.read(name).view(-1)
+    wide = torch.empty(min(_BLOCK, len(flat)), dtype=dtype)
     for i in range(0, len(flat), _BLOCK):
-        flat[i : i + _BLOCK] -= other[i : i + _BLOCK].to(dtype)
+        part = flat[i : i + _BLOCK]
+        part -= wide[: len(part)].copy_(other[i : i + _BLOCK])
     return delta
 
 

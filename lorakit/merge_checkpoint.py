@@ -24,7 +24,7 @@ from lorakit.variants import FullUpdate
 
 Verify = Literal["sample", "off"]
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 """Numbers of a weight that are widened at a time, where the update lets itself be cut."""
 
 

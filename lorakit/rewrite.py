@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from lorakit.checkpoint import Checkpoint, Part, raw
+from lorakit.checkpoint import Checkpoint, Part, give_back, raw
 from lorakit.errors import LorakitError
 from lorakit.shards import Shard, head_of
 from lorakit.staged import staged
@@ -99,6 +99,7 @@ def _write(
                 raise LorakitError(f"{name!r} became {tuple(result.shape)}, {result.dtype}: an error of lorakit's own")
             file.write(raw(result.contiguous()))
             del value, result
+            give_back()
         else:
             for piece in base.pieces(name):
                 file.write(piece)

@@ -21,7 +21,7 @@ _EXACT = 256
 """Matrices whose smaller side is at most this are decomposed as a whole: it costs as little."""
 _FIRST = 32
 """The rank that is tried first where an error is asked for."""
-_BLOCK = 2**22
+_BLOCK = 2**20
 """Numbers of B·A that are formed at a time, to measure what it lacks."""
 
 
@@ -106,12 +106,16 @@ def approximate(
 
 def residual(M: Tensor, B: Tensor, A: Tensor) -> float:
     """‖M − B·A‖_F, of which no more than a few rows are formed at a time."""
+    if M.stride(-1) != 1:  # it lies in memory as its transpose
+        M, B, A = M.mT, A.mT, B.mT
     rows = max(1, _BLOCK // M.shape[1])
-    norms = [
-        torch.linalg.vector_norm(torch.addmm(M[i : i + rows], B[i : i + rows], A, alpha=-1), dtype=torch.float64)
-        for i in range(0, len(M), rows)
-    ]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    block = torch.empty_like(M[:rows])  # one for all, and numbers in place of tensors: malloc would leave holes
+    norms = []
+    for i in range(0, len(M), rows):
+        part = M[i : i + rows]
+        torch.addmm(part, B[i : i + rows], A, alpha=-1, out=block[: len(part)])
+        norms.append(float(torch.linalg.vector_norm(block[: len(part)])))
+    return math.hypot(*norms)
 
 
 def _largest(M: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
