@@ -1,7 +1,7 @@
 """PEFT's config as a header: what its fields mean, and which of them are not understood."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def header_from_peft(
         raise LorakitError(f"{path}: its tensors have lost the header that lorakit wrote into them; save it again")
     if "peft_type" not in config:
         raise LorakitError(f"{path}: its config has no 'peft_type', so what the tensors mean is not known")
+    check_fields(config, path)
     try:
         found = [variant for cls in VARIANTS.values() if (variant := cls.of_peft(config, tensors)) is not None]
     except KeyError as error:
@@ -75,6 +76,55 @@ def header_from_peft(
     ]
     entries += _extra_entries(config, set(tensors) - {key for key, _ in endings} - {*variant.shared_names}, path)
     return Header(path.absolute().name, variant, tuple(entries), ours=False, facts=_facts_in(config))
+
+
+def check_fields(config: Mapping[str, Any], path: Path) -> None:
+    """Whether the fields that are more than a number or a word have the form that PEFT gives them.
+
+    Raises:
+        LorakitError: some have not; all are named.
+    """
+    wrong = [
+        f"{key}={config[key]!r:.80}"
+        for key, fits in _FORMS.items()
+        if config.get(key) is not None and not fits(config[key])
+    ]
+    if wrong:
+        raise LorakitError(f"{path}: what its config says is of no form that PEFT writes: {', '.join(wrong)}")
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def _is_patterns(value: Any) -> bool:
+    try:
+        return isinstance(value, Mapping) and all(re.compile(rf"(.*\.)?({pattern})$") for pattern in value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
+def _is_rows(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return _is_patterns(value) and all(isinstance(rows, list) for rows in value.values())
+    return isinstance(value, list)
+
+
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "rank_pattern": _is_patterns,
+    "alpha_pattern": _is_patterns,
+    "modules_to_save": _is_words,
+    "target_parameters": _is_words,
+    "trainable_token_indices": _is_rows,
+    "bias": lambda value: isinstance(value, str),
+    "peft_type": lambda value: isinstance(value, str),
+}
+
+
+def peft_facts(header: Header) -> Mapping[str, Any]:
+    """What a header knows of PEFT's config; whoever wrote the file may have written anything there."""
+    facts = header.facts.get("peft")
+    return facts if isinstance(facts, Mapping) else {}
 
 
 def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:
