@@ -68,7 +68,9 @@ def checksum(*parts: Tensor) -> str | None:
     digest = hashlib.sha256()
     for part in parts:
         flat = whole(part.detach()).reshape(-1)
-        data = flat.contiguous().view(torch.uint8)
+        if flat.stride(-1) != 1:  # a single number may have any, and counts as contiguous
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        data = flat.view(torch.uint8)
         digest.update(data.numel().to_bytes(8, "little"))
         words = data.numel() // (8 * _BLOCK) * _BLOCK
         if data.storage_offset() % 8:

@@ -7,8 +7,12 @@ from typing import Any
 from lorakit.errors import LorakitError
 
 
+def _names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
 def _texts(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(each, str) for each in value))
+    return isinstance(value, str) or _names(value)
 
 
 def _number(value: Any) -> bool:
@@ -30,9 +34,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bias": ("'none', 'all' or 'lora_only'", lambda value: isinstance(value, str)),
     "rank_pattern": ("ranks by pattern", lambda value: _mapping(value, lambda rank: type(rank) in (int, list))),
     "alpha_pattern": ("numbers by pattern", lambda value: _mapping(value, _number)),
-    "modules_to_save": ("a list of names", _texts),
+    "modules_to_save": ("a list of names", _names),
     "target_modules": ("a list of names, or a pattern", _texts),
-    "target_parameters": ("a list of names, or a pattern", _texts),
+    "target_parameters": ("a list of names", _names),
     "trainable_token_indices": (
         "a list of indices, or one by layer",
         lambda value: _integers(value) or _mapping(value, _integers),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakit.header import PREFIX, Header, WeightEntry
 from lorakit.layers import Convolution, Parameter, TransposedLinear, parts_of
 from lorakit.patterns import some
-from lorakit.peft_fields import OURS_ALONE, PATTERNS, UNDERSTOOD
+from lorakit.peft_fields import OURS_ALONE, PATTERNS, UNDERSTOOD, peft_facts
 from lorakit.peft_layout import Placed, inner_biases, placed
 from lorakit.state import layers_of
 from lorakit.variants import Full, LoKr, Rows, Variant, VeRA
@@ -43,7 +43,7 @@ def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
         "auto_mapping": None,
         "base_model_name_or_path": None,
         "revision": None,
-        **header.facts.get("peft", {}),
+        **peft_facts(header),
         **mine,
         "target_modules": targets,
         "inference_mode": True,
@@ -57,7 +57,7 @@ def peft_config(header: Header, tensors: Mapping[str, Tensor], model: nn.Module 
         config |= patterns
     if "lora_alpha" in mine:
         rows = {entry.path: header.variant_of(entry) for entry in header.weights}
-        facts = header.facts.get("peft", {})
+        facts = peft_facts(header)
         bias = facts.get("bias") or ("lora_only" if inner_biases(header) else "none")
         config |= {"target_parameters": list(places)} if places else {}
         config |= {
@@ -221,7 +221,7 @@ def peft_disagreements(header: Header, config: Mapping[str, Any]) -> list[str]:
     """Which fields of a config contradict the header it lies beside."""
     if config.get("peft_type") == OURS_ALONE:
         return []
-    bias = header.facts.get("peft", {}).get("bias") or ("lora_only" if inner_biases(header) else "none")
+    bias = peft_facts(header).get("bias") or ("lora_only" if inner_biases(header) else "none")
     known = {"bias": bias, **header.variant.peft_fields()}
     return [key for key, value in known.items() if config.get(key, value) != value] + [
         key for key, value in config.items() if value and key not in UNDERSTOOD and key not in known

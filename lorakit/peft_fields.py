@@ -79,6 +79,12 @@ def header_from_peft(
     return Header(path.absolute().name, variant, tuple(entries), ours=False, facts=_facts_in(config))
 
 
+def peft_facts(header: Header) -> Mapping[str, Any]:
+    """What a header knows of PEFT's config; whoever wrote the file may have written anything there."""
+    facts = header.facts.get("peft")
+    return facts if isinstance(facts, Mapping) else {}
+
+
 def _entry(layer: str, parameter: str, variant: Variant | None) -> WeightEntry:
     return WeightEntry(layer, parameter, None, None, None, None, variant)
 

@@ -338,3 +338,24 @@ def test_tensors_of_parameters_in_wrong_shapes_are_one_error(tmp_path):
         save_file({**good, key: bad}, file)
         with refused(base, "experts"):
             lk.load(base, tmp_path / "a")
+
+
+FIELDS = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "trainable_token_indices", "bias")
+VALUES = (7, "word", [1], ["x"], {"(": 3}, {"x": "y"}, {"0": [1, "a"]}, [[1]], {"q_proj": {}}, {"q_proj": 2**70}, True)
+
+
+@pytest.mark.parametrize("case", ["bias-all", "mixtral-one"])
+@pytest.mark.parametrize("field", [*FIELDS, "r", "lora_alpha", "peft_type", "use_dora", "lora_dropout", "lora_bias"])
+def test_whatever_a_config_says_the_answer_is_an_adapter_or_one_error(case, field, tmp_path):
+    base, _, theirs = made(case)
+    saved(theirs, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for value in VALUES:
+        path.write_text(json.dumps({**good, field: value}))
+        try:
+            lk.load(base, tmp_path / "a")
+        except lk.LorakitError:
+            assert not lk.adapters(base)
+        else:
+            lk.detach(base)

@@ -107,6 +107,11 @@ def test_a_checksum_goes_by_the_values_and_not_by_where_they_lie():
     shifted = torch.empty(300 * 400 + 1)[1:].view(300, 400).copy_(weight)
     assert checksum(shifted) == checksum(weight)
     assert checksum(weight, weight) != checksum(weight)
+    assert (
+        checksum(torch.ones(1, 256)[:, :1].view(1))
+        == checksum(torch.ones(4, 256).t()[0, :1])
+        == checksum(torch.ones(1))
+    )
     assert checksum(torch.empty(3, device="meta")) is None and checksum() is None
     assert checksum(torch.empty(0)) != checksum(torch.empty(0), torch.empty(0))
 

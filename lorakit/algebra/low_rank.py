@@ -77,14 +77,7 @@ def recompress(
         LorakitError: a bound is out of range, or a factor is not finite.
     """
     check_bounds(rank, energy, error)
-    wide_B, wide_At = _in_64_bits(B, A)
-    # A norm tells at a tenth of the price; only in 64 bits can one overflow where no number is infinite.
-    if not all(math.isfinite(factor.norm()) or bool(factor.isfinite().all()) for factor in (wide_B, wide_At)):
-        raise LorakitError("the factors hold NaN or infinity: there is nothing to approximate")
-    Q1, R1 = torch.linalg.qr(wide_B)
-    Q2, R2 = torch.linalg.qr(wide_At)
-    U, values, Vh = torch.linalg.svd(R1 @ R2.mT, full_matrices=False)
-    values = _without_rounding(values, R1, R2)
+    Q1, U, values, Vh, Q2 = _core(B, A)
     r, lost = _cut(values, rank, energy, error)
     root = values[..., :r].sqrt()
     # Both as rows times rows: laid out as torch returns U, the same product takes seven times as long.
@@ -92,6 +85,28 @@ def recompress(
     right = Vh[..., :r, :] * root.where(root > 0, 1).unsqueeze(-1) @ Q2.mT
     dtype = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
     return Recompressed(left.mT.to(B.device, dtype), right.to(A.device, dtype), lost, values)
+
+
+def directions(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U: (..., d, n), σ: (..., n), Vᵀ: (..., n, k) of B·A with n = min(d, r, k), in float64, σ decreasing.
+
+    Raises:
+        LorakitError: a factor is not finite.
+    """
+    Q1, U, values, Vh, Q2 = _core(B, A)
+    return Q1 @ U, values, Vh @ Q2.mT
+
+
+def _core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Q₁, U, σ, Vᵀ and Q₂ with B·A = Q₁·U·diag(σ)·Vᵀ·Q₂ᵀ, in 64 bits."""
+    wide_B, wide_At = _in_64_bits(B, A)
+    # A norm tells at a tenth of the price; only in 64 bits can one overflow where no number is infinite.
+    if not all(math.isfinite(factor.norm()) or bool(factor.isfinite().all()) for factor in (wide_B, wide_At)):
+        raise LorakitError("the factors hold NaN or infinity: there is nothing to approximate")
+    Q1, R1 = torch.linalg.qr(wide_B)
+    Q2, R2 = torch.linalg.qr(wide_At)
+    U, values, Vh = torch.linalg.svd(R1 @ R2.mT, full_matrices=False)
+    return Q1, U, _without_rounding(values, R1, R2), Vh, Q2
 
 
 def check_bounds(rank: int | None, energy: float | None, error: float | None) -> None:

@@ -3,30 +3,25 @@
 import torch
 from torch import Tensor
 
+from lorakit.algebra import low_rank
+
 
 def directions(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The left and right singular vectors of B·A, by QR of the factors: (..., d, r) and (..., k, r), in float64.
+    """The left and right singular vectors of B·A: (..., d, r) and (..., k, r), in float64, by singular value.
 
-    Ordered by singular value; without those whose value is zero to rounding (in a stack: in all of its matrices).
+    Without those whose value is zero, in a stack in all of its matrices.
     """
-    Q1, R1 = torch.linalg.qr(B.detach().double())
-    Q2, R2 = torch.linalg.qr(A.detach().double().mT)
-    U, values, Vh = torch.linalg.svd(R1 @ R2.mT, full_matrices=False)
-    r = _rank(values, float(torch.linalg.matrix_norm(R1).max() * torch.linalg.matrix_norm(R2).max()))
-    return Q1 @ U[..., :r], Q2 @ Vh.mT[..., :r]
+    U, values, Vh = low_rank.directions(B, A)
+    r = int((values > 0).reshape(-1, values.shape[-1]).any(0).sum())
+    return U[..., :r], Vh.mT[..., :r]
 
 
 def span(M: Tensor) -> Tensor:
     """The left singular vectors of M: (..., n, m) that do not belong to zero, by value: (..., n, r), in float64."""
     U, values, _ = torch.linalg.svd(M.detach().double(), full_matrices=False)
-    kept: Tensor = U[..., : _rank(values, float(values.max()) if values.numel() else 0.0)]
+    floor = max(M.shape[-2:]) * torch.finfo(values.dtype).eps * values.amax()
+    kept: Tensor = U[..., : int((values > floor).reshape(-1, values.shape[-1]).any(0).sum())]
     return kept
-
-
-def _rank(values: Tensor, size: float) -> int:
-    """How many singular values are above the rounding of a computation with numbers of this size."""
-    floor = 8 * torch.finfo(values.dtype).eps * size
-    return int((values > floor).reshape(-1, values.shape[-1]).any(0).sum())
 
 
 def similarity(U: Tensor, V: Tensor) -> Tensor:

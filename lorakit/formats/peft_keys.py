@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.header import PREFIX, Header, WeightEntry, file_key
+from lorakit.peft_checks import check_config
 from lorakit.peft_fields import header_from_peft, own_variant
 from lorakit.peft_layout import A_KEY, B_KEY, WRAPPED
 from lorakit.variants import AdaLoRA, Full
@@ -117,8 +118,7 @@ def _parameters(config: Mapping[str, Any], tensors: dict[str, Tensor], path: Pat
     A layer that lies in one, and is adapted by itself, gets its own name back.
     """
     targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise LorakitError(f"{path}: target_parameters={targets!r} is no list of names")
+    check_config({"target_parameters": targets}, path)
     owners = [target.rpartition(".")[0] for target in targets]
     found = set()
     for key in list(tensors):
