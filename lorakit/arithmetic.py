@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, AdapterWeight, check, check_known, usual, weighted_sum
+from lorakit.adapter import Adapter, check, check_known, usual, weighted_sum
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra.blend import dropped, elected, trimmed
-from lorakit.algebra.low_rank import check_bounds, recompress
+from lorakit.algebra.low_rank import check_bounds, recompress, truncate
 from lorakit.errors import LorakitError
 from lorakit.tables import shape, table
 from lorakit.variants import Full, Rows
@@ -232,22 +233,11 @@ def _dense(
         mine = [(w, factor) for adapter, factor in terms for w in adapter.weights if w.name == weight.name]
         pairs = [(w.update(), factor) for w, factor in mine]
         total = merged([(B @ A) * factor for (B, A), factor in pairs], weight.name)
-        B, A, lost, norm = _approximated(total, rank, energy, error)
-        size, whole = tuple(total.shape), min(total.shape[-2:])
-        rows.append(ResizedWeight(weight.name, size, whole, B.shape[-1], lost, norm))
-        weights.append(weight.with_factors(B, A))
+        if not bool(total.isfinite().all()):
+            raise LorakitError(f"{weight.name!r}: the sum holds NaN or infinity")
+        found = truncate(total, rank, energy=energy, error=error)
+        size, whole, norm = tuple(total.shape), min(total.shape[-2:]), float(found.singular_values.norm())
+        rows.append(ResizedWeight(weight.name, size, whole, found.B.shape[-1], found.error, norm))
+        weights.append(weight.with_factors(found.B, found.A))
     report = ResizeReport(model.name, tuple(rows), tuple(kept))
     return model.with_weights(weights, variant=usual(weights), format="lorakit"), report
-
-
-def _approximated(
-    W: Tensor, rank: int | None, energy: float | None, error: float | None
-) -> tuple[Tensor, Tensor, float, float]:
-    """B, A, the relative error and ‖W‖; a stack has one rank for all of its matrices."""
-    if not bool(W.isfinite().all()):
-        raise LorakitError("the sum holds NaN or infinity")
-    eye = torch.eye(min(W.shape[-2:]), dtype=W.dtype, device=W.device).expand(*W.shape[:-2], -1, -1)
-    wide = W.shape[-1] >= W.shape[-2]
-    factors = (eye, W) if wide else (W, eye)
-    found = recompress(*factors, rank, energy=energy, error=error)
-    return found.B, found.A, found.error, float(found.singular_values.norm())

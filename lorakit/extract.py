@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra import approximate
 from lorakit.algebra.low_rank import check_bounds
 from lorakit.checkpoint import Checkpoint, give_back, listed, same

@@ -183,6 +183,10 @@ def _base_problems(place: Place, entry: WeightEntry, verify: str) -> list[str]:
         return []
     if tuple(weight.shape) != entry.shape:
         return [f"{entry.name!r} is {tuple(weight.shape)} here and was {entry.shape} when saved"]
+    if {entry.kind, type(place.kind).__name__} == {"Linear", "TransposedLinear"}:
+        return [
+            f"{entry.name!r} is a {type(place.kind).__name__} here, and the file has it as a {entry.kind}, turned round"
+        ]
     if verify == "off" or entry.sample is None or weight.is_meta:
         return []
     dtype = stored_dtype(place.layer, place.kind)

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, AdapterWeight, check, check_known
+from lorakit.adapter import Adapter, check, check_known
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra import subspaces
 from lorakit.algebra.low_rank import singular_values
 from lorakit.errors import LorakitError

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, AdapterWeight, check_known
+from lorakit.adapter import Adapter, check_known
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.checkpoint import Checkpoint, listed
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint

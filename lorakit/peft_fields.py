@@ -75,6 +75,10 @@ def header_from_peft(
     entries = [
         _entry(layer, "weight", own_variant(variant, config, known_as.get(layer, layer), path)) for layer in paths
     ]
+    if config.get("fan_in_fan_out"):  # their layers are transformers' `Conv1D`; look-ups and kernels have no such thing
+        flat = {key.removeprefix(PREFIX).removesuffix(end) for key, end in endings if tensors[key].dim() == 2}
+        flat -= {key.removeprefix(PREFIX).removesuffix(end) for key, end in endings if "embedding" in end}
+        entries = [each._replace(kind="TransposedLinear") if each.path in flat else each for each in entries]
     entries += _extra_entries(config, set(tensors) - {key for key, _ in endings} - {*variant.shared_names}, path)
     return Header(path.absolute().name, variant, tuple(entries), ours=False, facts=_facts_in(config))
 

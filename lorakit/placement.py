@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.adapter import AdapterWeight
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.layers import (
     PROJECTIONS,

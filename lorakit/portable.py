@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, AdapterWeight, check_known
+from lorakit.adapter import Adapter, check_known
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.patterns import some
 from lorakit.variants import DoRA, Full, LoRA, Rows

@@ -13,8 +13,10 @@ from values import adapter, adapters, assert_near, dense, total
 
 import lorakit as lk
 from lorakit.adapter import weighted_sum
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra.blend import dropped, elected, trimmed
 from lorakit.arithmetic import dare, resize, ties
+from lorakit.header import WeightEntry
 
 few = settings(max_examples=40, deadline=None)
 factors = st.floats(-3, 3).filter(lambda x: x == 0 or abs(x) > 1e-3)
@@ -135,6 +137,23 @@ def test_values_are_what_the_live_model_combines(variant, tmp_path):
     fresh = copy.deepcopy(base)
     lk.load(fresh, tmp_path / "v")
     assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["Parameter", None])
+def test_a_stack_of_as_many_matrices_as_rows_is_no_kernel(kind):
+    entry = WeightEntry("w", "stack", None, (3, 3, 4), None, None, kind=kind)
+    stack = AdapterWeight(entry, lk.LoRA(1), {"A": torch.randn(3, 1, 4), "B": torch.randn(3, 3, 1)})
+    assert stack.stacked and stack.product()[0].shape == (3, 3, 1)
+    kernel = AdapterWeight(entry, lk.LoRA(3), {"A": torch.randn(3, 2, 5), "B": torch.randn(3, 3, 1)})
+    assert kernel.stacked == (kind is not None)
+
+
+def test_a_padding_that_is_no_column_is_refused():
+    words = adapter(1, {"words": 2})
+    for padding in (9, -10, 10**9):
+        entry = words.weights[0].entry._replace(padding_idx=padding)
+        with pytest.raises(lk.LorakitError, match="padding_idx"):
+            2 * words.with_weights([words.weights[0]._replace(entry=entry)])
 
 
 def test_what_has_no_sum_is_all_named():

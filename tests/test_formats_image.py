@@ -12,7 +12,7 @@ from image_files import INPUT, KEPT, METHODS, OF_KERNELS, Net, content, kohya, l
 from torch import nn
 
 import lorakit as lk
-from lorakit.adapter import AdapterWeight
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.exchange import read, renamed_for, write
 from lorakit.files import adapter_value
 from lorakit.formats import Names

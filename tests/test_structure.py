@@ -22,6 +22,7 @@ ORDER = [
     {"index", "shards", "staged"},
     {"patterns"},
     {"change", "suitable", "header"},
+    {"adapter_weight"},
     {"adapter"},
     {"placement"},
     {"targets"},

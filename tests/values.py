@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lorakit as lk
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.header import WeightEntry
 
 KINDS = {

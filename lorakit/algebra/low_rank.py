@@ -87,6 +87,19 @@ def recompress(
     return Recompressed(left.mT.to(B.device, dtype), right.to(A.device, dtype), lost, values)
 
 
+def truncate(
+    W: Tensor, rank: int | None = None, *, energy: float | None = None, error: float | None = None
+) -> Recompressed:
+    """`recompress` of a matrix that is formed, (..., d, k) and finite: one decomposition."""
+    check_bounds(rank, energy, error)
+    U, values, Vh = torch.linalg.svd(W.detach().double(), full_matrices=False)
+    r, lost = _cut(values, rank, energy, error)
+    root = values[..., :r].sqrt()
+    B, A = U[..., :r] * root.unsqueeze(-2), root.where(root > 0, 1).unsqueeze(-1) * Vh[..., :r, :]
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return Recompressed(B.to(dtype), A.to(dtype), lost, values)
+
+
 def directions(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U: (..., d, n), σ: (..., n), Vᵀ: (..., n, k) of B·A with n = min(d, r, k), in float64, σ decreasing.
 

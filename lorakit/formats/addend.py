@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorakit.adapter import AdapterWeight
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.formats.names import Names
 from lorakit.header import WeightEntry
 from lorakit.variants import Full, LoRA

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.form import Format, Known

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 
-from lorakit.adapter import AdapterWeight
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.formats.image import matrix_shape
 from lorakit.formats.ldm import as_diffusers
 from lorakit.formats.names import Names

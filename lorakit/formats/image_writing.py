@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.storage import all_finite
 from lorakit.variants import DoRA, LoHa, LoKr

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.formats.content import Content, read_yaml
 from lorakit.formats.factors import (
     Part,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra.low_rank import recompress
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content

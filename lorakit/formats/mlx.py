@@ -11,7 +11,8 @@ from typing import Any
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.factors import (

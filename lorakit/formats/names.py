@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, AdapterWeight
+from lorakit.adapter import Adapter
+from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.index import Index
 from lorakit.opening import open_checkpoint

@@ -16,6 +16,9 @@ from lorakit.variants.low_rank import checked_rank
 from lorakit.variants.updates import FactoredUpdate
 from lorakit.variants.variant import Variant
 
+_MOST = 2**32
+"""Numbers of a shared matrix; a damaged file may ask for any."""
+
 
 @final
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class VeRA(Variant):
         if self.sizes is not None:
             d, k = self.sizes
             sizes = (checked_integer("sizes", d, 1, 2**24), checked_integer("sizes", k, 1, 2**24))
+            if self.rank * max(sizes) > _MOST:
+                raise LorakitError(f"shared matrices of sizes={sizes} and rank {self.rank} are larger than any memory")
             object.__setattr__(self, "sizes", sizes)
 
     def fit(self, shapes: Sequence[tuple[int, ...]]) -> "VeRA":
