@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import lorakit as lk
-from lorakit.inspection import inspect
+from lorakit.values.inspection import inspect
 
 FILES = (
     "adapter_model.safetensors",

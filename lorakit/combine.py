@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.algebra.low_rank import Pair, check_bounds, concatenate, product_norm, recompress
-from lorakit.arithmetic import ResizedWeight, ResizeReport
 from lorakit.change import Addition, add
 from lorakit.errors import LorakitError
 from lorakit.layers import accumulation_dtype, outline
 from lorakit.state import Site, State, check_addition, check_complete, require, sites
 from lorakit.sums import is_finite
 from lorakit.switch import Choice, strengths_of
+from lorakit.values.arithmetic import ResizedWeight, ResizeReport
 from lorakit.variants import FactoredUpdate, LoRA, SubtractedUpdate
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, check_known
 from lorakit.errors import LorakitError
 from lorakit.native import write_files
+from lorakit.values.adapter import Adapter, check_known
 
 
 def read(
@@ -84,7 +84,7 @@ def write(
         path: a directory, or a file with a suffix of the format.
         format: "lorakit" is the native form, which PEFT reads too.
         portable: fold every scale into B and fill all ranks up to one, for engines that know but one scale: vLLM and
-            llama.cpp. The ΔW is the same (`lorakit.portable.portable`).
+            llama.cpp. The ΔW is the same (`lorakit.values.portable.portable`).
         **known: what the format needs and the adapter does not say: heads, kv_heads, part, arch.
 
     Returns:
@@ -103,7 +103,7 @@ def write(
     check_known(adapter)
     notes: tuple[str, ...] = ()
     if portable:
-        from lorakit.portable import portable as one_scale
+        from lorakit.values.portable import portable as one_scale
 
         adapter, notes = one_scale(adapter)
     written = form.write(adapter, Known(**known))

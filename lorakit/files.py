@@ -14,7 +14,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, check_known
 from lorakit.change import add
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
@@ -23,9 +22,10 @@ from lorakit.layers import parts_of
 from lorakit.loading import build_additions
 from lorakit.native import native_files, write_files
 from lorakit.padding import pad
-from lorakit.peft_config import facts_of
+from lorakit.peft.config import facts_of
 from lorakit.plan import Plan
 from lorakit.state import Site, State, check_addition, check_complete, one_name, require, unwrapped
+from lorakit.values.adapter import Adapter, check_known
 from lorakit.variants.low_rank import checked_rank
 
 Verify = Literal["sample", "full", "off"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.header import Header
-from lorakit.peft_config import peft_config
-from lorakit.peft_layout import to_peft
+from lorakit.peft.config import peft_config
+from lorakit.peft.layout import to_peft
 from lorakit.storage import all_finite, write_directory, write_whole
 
 TENSORS = "adapter_model.safetensors"

@@ -12,11 +12,11 @@ from test_combine import over_thin
 from values import adapter, adapters, assert_near, dense, total
 
 import lorakit as lk
-from lorakit.adapter import weighted_sum
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra.blend import dropped, elected, trimmed
-from lorakit.arithmetic import dare, resize, ties
 from lorakit.header import WeightEntry
+from lorakit.values.adapter import weighted_sum
+from lorakit.values.arithmetic import dare, resize, ties
+from lorakit.values.weight import AdapterWeight
 
 few = settings(max_examples=40, deadline=None)
 factors = st.floats(-3, 3).filter(lambda x: x == 0 or abs(x) > 1e-3)

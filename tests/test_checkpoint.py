@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit import LorakitError
-from lorakit.checkpoint import Checkpoint
-from lorakit.opening import open_checkpoint
-from lorakit.rewrite import rewrite
-from lorakit.shards import DTYPES
-from lorakit.staged import staged
+from lorakit.checkpoints.checkpoint import Checkpoint
+from lorakit.checkpoints.opening import open_checkpoint
+from lorakit.checkpoints.rewrite import rewrite
+from lorakit.checkpoints.shards import DTYPES
+from lorakit.checkpoints.staged import staged
 
 
 def tensors() -> dict[str, Tensor]:

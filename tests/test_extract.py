@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit import LorakitError
 from lorakit.algebra import approximate, decompose, numerical_rank, randomized_svd
-from lorakit.extract import extract
-from lorakit.merge_checkpoint import merge_checkpoint
+from lorakit.checkpoints.extracting import extract
+from lorakit.checkpoints.merging import merge_checkpoint
 
 
 def product(d: int, k: int, rank: int, seed: int = 1) -> Tensor:

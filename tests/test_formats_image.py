@@ -12,7 +12,6 @@ from image_files import INPUT, KEPT, METHODS, OF_KERNELS, Net, content, kohya, l
 from torch import nn
 
 import lorakit as lk
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.exchange import read, renamed_for, write
 from lorakit.files import adapter_value
 from lorakit.formats import Names
@@ -20,6 +19,7 @@ from lorakit.formats.flattened import fitting_names, flatten
 from lorakit.formats.kohya import PREFIXES
 from lorakit.formats.lycoris import factors_of_diff
 from lorakit.header import WeightEntry
+from lorakit.values.weight import AdapterWeight
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from test_formats_llm import IDS, SHARED, Net, by_loralib, by_mlx, mlx_files, up
 from torch import nn
 
 import lorakit as lk
-from lorakit.adapter import Adapter
 from lorakit.exchange import read, write
 from lorakit.files import adapter_value
 from lorakit.formats import Known, read_content
 from lorakit.header import file_key
+from lorakit.values.adapter import Adapter
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

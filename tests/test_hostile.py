@@ -16,7 +16,7 @@ from models import mlp
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from lorakit.inspection import inspect
+from lorakit.values.inspection import inspect
 
 
 @pytest.fixture

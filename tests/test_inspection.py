@@ -9,8 +9,8 @@ from kinds import over_dtypes
 from torch import nn
 
 import lorakit as lk
-from lorakit.comparison import compare
-from lorakit.inspection import inspect
+from lorakit.values.comparison import compare
+from lorakit.values.inspection import inspect
 
 
 def model(dtype=torch.float32):

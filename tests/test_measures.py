@@ -12,7 +12,7 @@ from values import adapter, adapters, dense
 
 import lorakit as lk
 from lorakit.algebra import subspaces
-from lorakit.measures import amplification, intruders, norm, overlap, spectrum
+from lorakit.values.measures import amplification, intruders, norm, overlap, spectrum
 
 few = settings(max_examples=30, deadline=None)
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lorakit as lk
 from lorakit import LorakitError
-from lorakit.merge_checkpoint import merge_checkpoint
+from lorakit.checkpoints.merging import merge_checkpoint
 
 VARIANTS = [
     lk.LoRA(rank=3, alpha=5),
@@ -86,7 +86,7 @@ def test_it_is_merging_into_the_live_model_to_the_bit(make, variant, dtype, tmp_
 @pytest.mark.parametrize("block", [2**22, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_weights_and_rows_and_an_embedding(dtype, block, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorakit.merge_checkpoint._BLOCK", block)
+    monkeypatch.setattr("lorakit.checkpoints.merging._BLOCK", block)
     base = saved(llama(dtype), tmp_path / "base")
     model = llama(dtype)
     how = {

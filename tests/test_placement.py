@@ -7,8 +7,8 @@ from kinds import over_cases, over_pairs
 
 import lorakit as lk
 from lorakit.layers import TransposedConvolution, outline
-from lorakit.placement import kind_of, matrix_of
 from lorakit.state import sites
+from lorakit.values.placement import kind_of, matrix_of
 
 
 def adapted(case, variant):

@@ -12,7 +12,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.exchange import read, write
 from lorakit.files import adapter_value
-from lorakit.portable import portable
+from lorakit.values.portable import portable
 
 VARIED = {
     "lora": lk.LoRA(rank=2, alpha=5),

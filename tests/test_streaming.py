@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from lorakit.extract import extract
-from lorakit.merge_checkpoint import merge_checkpoint
+from lorakit.checkpoints.extracting import extract
+from lorakit.checkpoints.merging import merge_checkpoint
 
 PEAK = """
 import resource, sys, time
@@ -23,14 +23,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, seconds)
 """
 
 EXTRACT = """
-from lorakit.extract import extract
+from lorakit.checkpoints.extracting import extract
 adapter, report = extract("{base}", "{tuned}", rank=8)
 assert report.error < 0.05, report.error
 lorakit.write(adapter, "{adapter}")
 """
 
 MERGE = """
-from lorakit.merge_checkpoint import merge_checkpoint
+from lorakit.checkpoints.merging import merge_checkpoint
 report = merge_checkpoint("{base}", lorakit.read("{adapter}"), "{out}", least_survival=0)
 """
 
@@ -107,7 +107,7 @@ def test_the_largest_layer_bounds_the_memory(tmp_path):
 KILLED = """
 import os, random, signal, time
 import lorakit
-from lorakit.merge_checkpoint import merge_checkpoint
+from lorakit.checkpoints.merging import merge_checkpoint
 
 adapter = lorakit.read("{adapter}")
 random.seed(0)

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lorakit as lk
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.header import WeightEntry
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 
 KINDS = {
     "linear": ("Linear", (7, 5), lambda r: ((r, 5), (7, r))),

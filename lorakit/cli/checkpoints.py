@@ -24,8 +24,8 @@ def extract(
 
     Tensors are read one at a time. What is not captured is reported.
     """
+    from lorakit.checkpoints.extracting import extract as extract_adapter
     from lorakit.exchange import write
-    from lorakit.extract import extract as extract_adapter
 
     if rank is None and energy is None and error is None:
         raise LorakitError("how much of the change? Give --rank, --energy or --error")
@@ -59,9 +59,9 @@ def merge(
     force: Force = False,
 ) -> None:
     """Fold an adapter into a checkpoint: W + ΔW, formed in 32 bits, rounded once to the base's dtype."""
+    from lorakit.checkpoints.merging import merge_checkpoint
     from lorakit.exchange import read
     from lorakit.formats import Known, Names, resolved
-    from lorakit.merge_checkpoint import merge_checkpoint
 
     check_output(out, force)
     value = read(adapter, format=come_from, alpha=alpha, heads=heads)

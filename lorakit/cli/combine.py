@@ -35,10 +35,10 @@ def combine(
     force: Force = False,
 ) -> None:
     """Add adapters up: ΔW = Σ weight·ΔW, exactly, or at the best smaller rank."""
-    from lorakit.adapter import weighted_sum
-    from lorakit.arithmetic import dare, ties
-    from lorakit.arithmetic import resize as resized
     from lorakit.exchange import write
+    from lorakit.values.adapter import weighted_sum
+    from lorakit.values.arithmetic import dare, ties
+    from lorakit.values.arithmetic import resize as resized
 
     *inputs, last = paths
     if not inputs:
@@ -68,8 +68,8 @@ def resize(
     force: Force = False,
 ) -> None:
     """Give an adapter smaller ranks: for each weight the nearest ΔW of that rank, and the error that leaves."""
-    from lorakit.arithmetic import resize as resized
     from lorakit.exchange import read, write
+    from lorakit.values.arithmetic import resize as resized
 
     if rank is None and energy is None and error is None:
         raise LorakitError("to what size? Give --rank, --energy or --error")

@@ -11,7 +11,7 @@ from lorakit.cli.common import counted, natural_order, printable, show_table
 from lorakit.cli.options import Alpha, NamesFrom, names_in
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter
+    from lorakit.values.adapter import Adapter
 
 COLUMNS = ("weight", "‖ΔW‖ of A", "of B", "distance", "cosine", "φ in", "φ out")
 EXPLANATION = """\
@@ -28,8 +28,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")] = False,
 ) -> None:
     """Say for each weight how much two adapters change, how alike they are, and whether they collide."""
-    from lorakit.comparison import compare as compared
     from lorakit.exchange import read
+    from lorakit.values.comparison import compare as compared
 
     left, right = _named_alike(read(a, alpha=alpha), read(b, alpha=alpha), names)
     found = compared(left, right)
@@ -75,6 +75,6 @@ def _named_alike(a: "Adapter", b: "Adapter", names: Path | None) -> "tuple[Adapt
 
 def _shared(a: "Adapter", b: "Adapter") -> dict[str, tuple[float, float]]:
     """φ at full rank of the inputs' and of the outputs' directions, for weights where both do something."""
-    from lorakit.measures import overlap
+    from lorakit.values.measures import overlap
 
     return {w.name: (w.inputs, w.outputs) for w in overlap(a, b).weights}

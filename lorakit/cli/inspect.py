@@ -11,7 +11,7 @@ from lorakit.cli.options import Alpha, Enabled, From, parse_enabled
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.inspection import InspectedWeight, Inspection
+    from lorakit.values.inspection import InspectedWeight, Inspection
 
 COLUMNS = ("weight", "matrix", "method", "rank", "alpha", "‖ΔW‖", "σ₁", "effective")
 EXPLANATION = """\
@@ -34,7 +34,7 @@ def inspect(
     """Say what is in an adapter: format, base, ranks, scales, norms and spectra, and what is wrong with it."""
     from lorakit.cli.svd_plot import check_plot
     from lorakit.exchange import read
-    from lorakit.inspection import inspect as inspected
+    from lorakit.values.inspection import inspect as inspected
 
     if not 0 < energy <= 1:
         raise LorakitError(f"--energy {energy:g} must be above 0 and at most 1")

@@ -9,8 +9,8 @@ import typer
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter
     from lorakit.formats import Names
+    from lorakit.values.adapter import Adapter
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 From = Annotated[

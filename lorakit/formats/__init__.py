@@ -5,7 +5,6 @@ A file's format is found from its keys. What a format does not hold (alpha, say)
 
 from pathlib import Path
 
-from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.formats.cloneofsimo import CLONEOFSIMO
 from lorakit.formats.content import Content, read_content
@@ -22,6 +21,7 @@ from lorakit.formats.rope import with_heads
 from lorakit.formats.torchtune import TORCHTUNE
 from lorakit.formats.xlabs import XLABS
 from lorakit.patterns import some
+from lorakit.values.adapter import Adapter
 
 _IMAGE = (KOHYA, DIFFUSERS, DIFFUSERS_OLD, COMFYUI, XLABS, CLONEOFSIMO)
 _LANGUAGE = (LORALIB, MLX, LITGPT, TORCHTUNE, GGUF)

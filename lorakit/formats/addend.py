@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.formats.names import Names
 from lorakit.header import WeightEntry
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, LoRA
 
 ADDEND = "addend of a bias"

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.form import Format, Known
 from lorakit.formats.image import Parts, adapter_of, is_plain, weights_of
 from lorakit.formats.names import Names, renamed
 from lorakit.patterns import some
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 
 _KEY = re.compile(r"(\w+):(\d{1,6}):(up|down)")
 _LISTED = re.compile(r"\[(\d{1,6})\]")

@@ -14,8 +14,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.addend import addends_of, with_biases
 from lorakit.formats.content import Content
@@ -25,8 +23,10 @@ from lorakit.formats.form import Format, Known, Written
 from lorakit.formats.image import Parts, adapter_of, weights_of, whole
 from lorakit.formats.names import Names, of_part
 from lorakit.patterns import some
-from lorakit.peft_fields import header_from_peft
+from lorakit.peft.fields import header_from_peft
 from lorakit.storage import parse_json_object
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, LoHa, LoKr, LoRA
 
 _TEXT_ROOT = "text_model."

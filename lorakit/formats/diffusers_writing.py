@@ -8,8 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.addend import END, is_addend
 from lorakit.formats.dotted import METADATA, PARTS, Family, part_of
@@ -17,7 +15,9 @@ from lorakit.formats.form import Known, Written, no_place
 from lorakit.formats.image_writing import alpha_tensor, dropped, safetensors_of, scaled, tensors_of
 from lorakit.header import Header
 from lorakit.patterns import some
-from lorakit.peft_config import peft_config
+from lorakit.peft.config import peft_config
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full, LoHa, LoKr, Variant
 
 

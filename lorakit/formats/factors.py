@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, check
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.header import Header, WeightEntry, file_key
 from lorakit.storage import all_finite
+from lorakit.values.adapter import Adapter, check
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full, LoRA, Variant
 
 

@@ -4,10 +4,10 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.formats.image import matrix_shape
 from lorakit.formats.ldm import as_diffusers
 from lorakit.formats.names import Names
+from lorakit.values.weight import AdapterWeight
 
 _NEAREST = 8
 """For how many names that fit nothing the nearest ones are looked for: each is compared with all of the model's."""

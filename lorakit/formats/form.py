@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.names import Names
 from lorakit.header import Header
+from lorakit.values.adapter import Adapter
 from lorakit.variants.checks import checked_integer, checked_number
 
 

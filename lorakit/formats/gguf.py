@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.factors import (
@@ -33,6 +32,7 @@ from lorakit.formats.gguf_file import gguf_bytes, package
 from lorakit.formats.llama import joined, part_of, sizes_of_q, split
 from lorakit.formats.names import Names, checked, renamed
 from lorakit.formats.rope import heads_of, reordered, to_halves, to_pairs
+from lorakit.values.adapter import Adapter
 from lorakit.variants import Full
 
 _ENDINGS = {".lora_a": "A", ".lora_b": "B"}

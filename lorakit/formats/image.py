@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, check
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.lycoris import alpha_of, contracted, factors_of_diff, kronecker, magnitude_of
 from lorakit.header import Header, WeightEntry
+from lorakit.values.adapter import Adapter, check
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full, LoHa, LoKr, LoRA, Variant
 
 ROLES: Mapping[str, str] = {

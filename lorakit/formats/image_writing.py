@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.storage import all_finite
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, LoHa, LoKr
 from lorakit.variants.low_rank import LowRank
 

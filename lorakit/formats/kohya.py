@@ -5,8 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.flattened import fitting_names
@@ -15,6 +13,8 @@ from lorakit.formats.image import ROLES, Parts, adapter_of, is_plain, weights_of
 from lorakit.formats.image_writing import alpha_tensor, dropped, safetensors_of, tensors_of
 from lorakit.formats.names import Names, renamed
 from lorakit.patterns import some
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 
 PREFIXES: Mapping[str, str] = {
     "lora_unet_": "unet",

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.formats.content import Content, read_yaml
 from lorakit.formats.factors import (
     Part,
@@ -31,6 +29,8 @@ from lorakit.formats.llama import joined, placed
 from lorakit.formats.names import Names, checked
 from lorakit.formats.rope import Heads, heads_of
 from lorakit.header import PREFIX
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import LoRA
 
 ENDINGS = {".lora_A": "A", ".lora_B": "B"}

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
 from lorakit.formats.factors import Factors, factors_of, one_rank
 from lorakit.formats.form import Format, Known, Written, no_place
 from lorakit.formats.litgpt import (
@@ -19,6 +18,7 @@ from lorakit.formats.litgpt import (
     torch_file,
 )
 from lorakit.formats.llama import split
+from lorakit.values.adapter import Adapter
 from lorakit.variants import Full
 
 _FROM_HF = {hf: own for own, hf in TO_HF.items()}

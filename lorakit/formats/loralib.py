@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra.low_rank import recompress
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
@@ -34,6 +32,8 @@ from lorakit.formats.form import Format, Known, Written, no_place
 from lorakit.formats.litgpt import is_litgpt
 from lorakit.formats.names import Names, checked
 from lorakit.header import PREFIX
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, LoRA
 
 ENDINGS = {".lora_A": "A", ".lora_B": "B"}

@@ -11,8 +11,6 @@ from typing import Any
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.factors import (
@@ -28,6 +26,8 @@ from lorakit.formats.factors import (
 )
 from lorakit.formats.form import Format, Known, Written, no_place
 from lorakit.formats.names import Names, checked
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full
 from lorakit.variants.checks import checked_number
 

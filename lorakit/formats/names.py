@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
+from lorakit.checkpoints.opening import open_checkpoint
 from lorakit.errors import LorakitError
 from lorakit.index import Index
-from lorakit.opening import open_checkpoint
 from lorakit.patterns import some
 from lorakit.storage import read_json_object
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.form import Format, Known, Written, no_place
@@ -18,9 +17,10 @@ from lorakit.formats.peft_keys import NAMING, Theirs, understood
 from lorakit.formats.peft_resolve import resolve_parameters
 from lorakit.header import PREFIX, Header, parse_header
 from lorakit.native import CONFIG, TENSORS, finite, native_files
-from lorakit.peft_config import beyond_peft, peft_config, peft_disagreements
-from lorakit.peft_fields import header_from_peft
-from lorakit.peft_layout import from_peft, to_peft
+from lorakit.peft.config import beyond_peft, peft_config, peft_disagreements
+from lorakit.peft.fields import header_from_peft
+from lorakit.peft.layout import from_peft, to_peft
+from lorakit.values.adapter import Adapter
 from lorakit.variants import LoRA
 
 

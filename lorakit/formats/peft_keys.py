@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.header import PREFIX, Header, WeightEntry, file_key
-from lorakit.peft_checks import check_config
-from lorakit.peft_fields import header_from_peft, own_variant
-from lorakit.peft_layout import A_KEY, B_KEY, WRAPPED
+from lorakit.peft.checks import check_config
+from lorakit.peft.fields import header_from_peft, own_variant
+from lorakit.peft.layout import A_KEY, B_KEY, WRAPPED
 from lorakit.variants import AdaLoRA, Full
 
 PARAMETER, ADDEND, BASE = "peft: parameter", "peft: addend", "peft: base"

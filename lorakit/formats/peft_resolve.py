@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.form import Known
 from lorakit.formats.names import Names
 from lorakit.formats.peft_keys import ADDEND, BASE, PARAMETER
 from lorakit.layers import Parameter as ParameterKind
 from lorakit.layers import TransposedLinear, kinds_of
-from lorakit.peft_fields import own_variant
-from lorakit.peft_layout import WRAPPED, stacked
+from lorakit.peft.fields import own_variant
+from lorakit.peft.layout import WRAPPED, stacked
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import LowRank
 
 

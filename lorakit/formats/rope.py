@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.formats.form import Known
+from lorakit.values.weight import AdapterWeight
 
 Reorder = Callable[[Tensor, int], Tensor]
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
 from lorakit.formats.content import Content
 from lorakit.formats.factors import (
     Part,
@@ -29,6 +28,7 @@ from lorakit.formats.form import Format, Known, Written, no_place
 from lorakit.formats.llama import joined, part_of, placed, sizes_of_q, split
 from lorakit.formats.names import Names, checked, renamed
 from lorakit.formats.rope import heads_of, reordered, to_halves, to_pairs
+from lorakit.values.adapter import Adapter
 from lorakit.variants import DoRA, Full
 
 _ENDINGS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude"}

@@ -5,10 +5,10 @@
 
 import re
 
-from lorakit.adapter import Adapter
 from lorakit.formats.content import Content
 from lorakit.formats.form import Format, Known
 from lorakit.formats.image import Parts, adapter_of, is_plain, weights_of
+from lorakit.values.adapter import Adapter
 
 _KEY = re.compile(r"(?:diffusion_model\.)?(.+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight")
 _STREAM = {"1": "img_attn", "2": "txt_attn"}

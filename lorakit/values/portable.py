@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, check_known
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.patterns import some
+from lorakit.values.adapter import Adapter, check_known
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full, LoRA, Rows
 
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorakit.adapter import Adapter, check_known
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra.low_rank import Pair, concatenate, singular_values
 from lorakit.errors import LorakitError
 from lorakit.tables import table
+from lorakit.values.adapter import Adapter, check_known
+from lorakit.values.weight import AdapterWeight
 
 
 @dataclass(frozen=True)

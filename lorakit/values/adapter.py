@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.adapter_weight import AdapterWeight, incomplete
 from lorakit.algebra.low_rank import concatenate, recompress
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, Header, WeightEntry, file_key
+from lorakit.values.weight import AdapterWeight, incomplete
 from lorakit.variants import Full, Rows, Variant
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.errors import LorakitError
 from lorakit.layers import (
     PROJECTIONS,
@@ -21,6 +20,7 @@ from lorakit.layers import (
     TransposedConvolution,
     TransposedLinear,
 )
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Variant
 
 

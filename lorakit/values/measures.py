@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, check, check_known
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra import subspaces
 from lorakit.algebra.low_rank import singular_values
 from lorakit.errors import LorakitError
-from lorakit.placement import kind_of
 from lorakit.tables import table
+from lorakit.values.adapter import Adapter, check, check_known
+from lorakit.values.placement import kind_of
+from lorakit.values.weight import AdapterWeight
 
 Of = Literal["update", "A", "B"]
 Weights = nn.Module | Mapping[str, Tensor]

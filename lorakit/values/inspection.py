@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra import Spectrum
 from lorakit.algebra.low_rank import singular_values
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, Rows
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorakit.checkpoint import Checkpoint
+from lorakit.checkpoints.checkpoint import Checkpoint
 from lorakit.layers import Convolution, Embedding, Foreign, Kind, Linear, Parameter, TransposedLinear, kinds_of
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lorakit.header import PREFIX, Header, WeightEntry
 from lorakit.layers import Convolution, Parameter, TransposedLinear, parts_of
 from lorakit.patterns import some
-from lorakit.peft_fields import OURS_ALONE, PATTERNS, UNDERSTOOD, peft_facts
-from lorakit.peft_layout import Placed, inner_biases, placed
+from lorakit.peft.fields import OURS_ALONE, PATTERNS, UNDERSTOOD, peft_facts
+from lorakit.peft.layout import Placed, inner_biases, placed
 from lorakit.state import layers_of
 from lorakit.variants import Full, LoKr, Rows, Variant, VeRA
 

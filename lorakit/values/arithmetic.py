@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, check, check_known, usual, weighted_sum
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra.blend import dropped, elected, trimmed
 from lorakit.algebra.low_rank import check_bounds, recompress, truncate
 from lorakit.errors import LorakitError
 from lorakit.tables import shape, table
+from lorakit.values.adapter import Adapter, check, check_known, usual, weighted_sum
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, Rows
 
 Weighted = Mapping[Adapter, float] | Iterable[tuple[Adapter, float]]

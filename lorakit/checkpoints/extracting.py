@@ -9,22 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
-from lorakit.adapter_weight import AdapterWeight
 from lorakit.algebra import approximate
 from lorakit.algebra.low_rank import check_bounds
-from lorakit.checkpoint import Checkpoint, give_back, listed, same
+from lorakit.checkpoints.checkpoint import Checkpoint, give_back, listed, same
+from lorakit.checkpoints.onto import TIED, is_tied
+from lorakit.checkpoints.opening import Source, open_checkpoint
+from lorakit.checkpoints.rewrite import Progress
+from lorakit.checkpoints.seen import Seen, is_embedding, seen
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.header import WeightEntry
 from lorakit.layers import Kind, accumulation_dtype
-from lorakit.onto import TIED, is_tied
-from lorakit.opening import Source, open_checkpoint
 from lorakit.patterns import Pattern, by_name, patterns_of, some
-from lorakit.rewrite import Progress
-from lorakit.seen import Seen, is_embedding, seen
 from lorakit.tables import shape as shown
 from lorakit.tables import table
+from lorakit.values.adapter import Adapter
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, LoRA, Variant
 
 _BLOCK = 2**20

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
-from lorakit.peft_checks import check_config
+from lorakit.peft.checks import check_config
 from lorakit.untrusted import Patterns
 from lorakit.variants import VARIANTS, Full, Rows, Variant
 

@@ -9,10 +9,10 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from lorakit.checkpoint import Checkpoint, Part, give_back, raw
+from lorakit.checkpoints.checkpoint import Checkpoint, Part, give_back, raw
+from lorakit.checkpoints.shards import Shard, head_of
+from lorakit.checkpoints.staged import staged
 from lorakit.errors import LorakitError
-from lorakit.shards import Shard, head_of
-from lorakit.staged import staged
 
 Progress = Callable[[int, int, str], None]
 """Called with the bytes that are done, the bytes of all, and the name of the tensor that is next."""

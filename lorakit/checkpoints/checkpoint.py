@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorakit.checkpoints.shards import Shard, Stored
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import whole
-from lorakit.shards import Shard, Stored
 
 PIECE = 2**22
 """Bytes that are copied or compared at a time."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.checkpoint import Checkpoint, Part, check, in_memory
+from lorakit.checkpoints.checkpoint import Checkpoint, Part, check, in_memory
+from lorakit.checkpoints.shards import Stored, read_shard
 from lorakit.errors import LorakitError
-from lorakit.shards import Stored, read_shard
 from lorakit.state import find_root
 from lorakit.storage import read_json_object
 

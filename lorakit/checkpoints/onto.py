@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, check_known
-from lorakit.adapter_weight import AdapterWeight
-from lorakit.checkpoint import Checkpoint, listed
+from lorakit.checkpoints.checkpoint import Checkpoint, listed
+from lorakit.checkpoints.seen import is_embedding, leaf, transposed
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.layers import Kind, Parameter, Update, accumulation_dtype
 from lorakit.loading import tensor_problem
-from lorakit.placement import kind_of
-from lorakit.seen import is_embedding, leaf, transposed
+from lorakit.values.adapter import Adapter, check_known
+from lorakit.values.placement import kind_of
+from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, Rows, Variant
 
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output|decoder)\.weight$")

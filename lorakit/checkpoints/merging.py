@@ -10,16 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
-from lorakit.checkpoint import listed
+from lorakit.checkpoints.checkpoint import listed
+from lorakit.checkpoints.onto import onto
+from lorakit.checkpoints.opening import Source, open_checkpoint
+from lorakit.checkpoints.rewrite import Progress, rewrite
 from lorakit.errors import LorakitError
 from lorakit.layers import Update
 from lorakit.merge import MergedWeight, merged_weight
-from lorakit.onto import onto
-from lorakit.opening import Source, open_checkpoint
-from lorakit.rewrite import Progress, rewrite
 from lorakit.sums import Norms, is_finite, low_rank_sum, norms_of, wide_sum
 from lorakit.tables import table
+from lorakit.values.adapter import Adapter
 from lorakit.variants import FullUpdate
 
 Verify = Literal["sample", "off"]

@@ -1,0 +1,1 @@
+"""PEFT's directory: its config and its keys, both ways."""
