@@ -2,6 +2,7 @@
 
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -36,12 +37,12 @@ class Patterns:
         """
         start = time.monotonic()
         for pattern in self.patterns:
-            problem = _problem(pattern)
-            if problem is None and len(name) > _LONGEST:
-                problem = f"is tried on a name of {len(name)} characters"
-            if problem is not None:
-                raise LorakitError(f"{self.where}: the pattern {pattern[:80]!r} {problem}")
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            trusted = _trusted(pattern)
+            if isinstance(trusted, re.Pattern) and len(name) > _LONGEST:
+                trusted = f"is tried on a name of {len(name)} characters"
+            if isinstance(trusted, str):
+                raise LorakitError(f"{self.where}: the pattern {pattern[:80]!r} {trusted}")
+            if trusted.match(name):
                 return pattern
             if self.spent + time.monotonic() - start > _SECONDS:
                 raise LorakitError(f"{self.where}: its patterns take more than {_SECONDS:g} seconds to match")
@@ -50,22 +51,23 @@ class Patterns:
 
 
 @lru_cache(maxsize=4096)
-def _problem(pattern: str) -> str | None:
-    """Why a pattern is not to be trusted."""
+def _trusted(pattern: str) -> re.Pattern[str] | str:
+    """The pattern as it is matched, or why it is not to be trusted."""
     if not isinstance(pattern, str):
         return "is no text"
     if len(pattern) > 4096:
         return f"is {len(pattern)} characters long"
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
-        parsed = _parser.parse(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Python may read in another way one day
+            compiled, parsed = re.compile(rf"(.*\.)?({pattern})$"), _parser.parse(pattern)
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         return f"is no regular expression: {error}"
     try:
         wide = _repeats(parsed, False)
     except LorakitError as error:
         return str(error)
-    return None if wide <= _WIDE else f"repeats {wide} parts without bound, which could take for ever"
+    return compiled if wide <= _WIDE else f"repeats {wide} parts without bound, which could take for ever"
 
 
 def _repeats(parsed: Any, inside: bool) -> int:
