@@ -46,6 +46,9 @@ class WeightEntry(NamedTuple):
     transposed: bool = False
     """Whether the module multiplies by it from the right, x·W: PEFT then has the factors the other way round."""
 
+    groups: int = 1
+    """The groups of a convolution, which its factors' shapes do not tell."""
+
     @classmethod
     def of(cls, site: Site, name: str, variant: Variant | None, full: bool = False) -> "WeightEntry":
         """The entry for a live weight; with its checksum if `full`, for which all of it is read."""
@@ -57,7 +60,8 @@ class WeightEntry(NamedTuple):
         prints = fingerprint(*stored), *how, checksum(*stored) if full else None
         order = _order(site) if isinstance(kind, Parameter) else None
         transposed = order is not None and bool(getattr(site.layer, "is_transposed", False))
-        return cls(site.path, site.parameter, update.mode, shape, dtype, *prints, order, transposed)
+        groups: Any = getattr(site.layer, "groups", 1) if isinstance(site.layer, nn.modules.conv._ConvNd) else 1
+        return cls(site.path, site.parameter, update.mode, shape, dtype, *prints, order, transposed, groups)
 
     @property
     def name(self) -> str:
@@ -159,6 +163,8 @@ def _entry(raw: Mapping[str, Any]) -> WeightEntry:
         raise TypeError(f"shape {shape!r}")
     if not all(isinstance(word, str | None) for word in (entry.dtype, entry.sample, entry.kind, entry.full)):
         raise TypeError(f"dtype {entry.dtype!r}, sample {entry.sample!r}, kind {entry.kind!r}, full {entry.full!r}")
+    if type(entry.groups) is not int or entry.groups < 1:
+        raise TypeError(f"groups {entry.groups!r}")
     if not isinstance(entry.padding_idx, int | None):
         raise TypeError(f"padding_idx {entry.padding_idx!r}")
     if type(entry.transposed) is not bool or not (entry.order is None or type(entry.order) is int):

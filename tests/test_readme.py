@@ -20,7 +20,7 @@ def test_every_public_name_is_named():
     assert missing == ["LorakitError"]
 
 
-@pytest.mark.parametrize("code", [code for code in SCRIPTS if "model = " in code], ids=["plain", "four-bits"])
+@pytest.mark.parametrize("code", [code for code in SCRIPTS if "model = " in code], ids=["plain", "four-bits", "values"])
 def test_the_scripts_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

@@ -34,6 +34,8 @@ def tensors_of(weight: AdapterWeight, style: Style, problems: list[str]) -> tupl
         problems.append(f"{weight.name!r} is no layer's whole weight")
     elif weight.lookup or entry.kind in _TRANSPOSED:
         problems.append(f"{weight.name!r} is a {'table' if weight.lookup else 'transposed convolution'}: no such layer")
+    elif entry.groups != 1:
+        problems.append(f"{weight.name!r} is a convolution of {entry.groups} groups, which readers take for one of one")
     elif isinstance(variant, LoKr):
         return _kronecker(weight, variant)
     elif isinstance(variant, LoHa):

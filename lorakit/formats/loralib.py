@@ -231,6 +231,10 @@ def _layout(each: Factors, merged: Mapping[str, list[bool]], problems: list[str]
     if A.dim() != 4 or A.shape[-2] != k:
         problems.append(f"{name!r}: loralib computes only convolutions of two axes with square kernels")
         return A, B
+    if each.weight.entry.groups != 1:
+        problems.append(
+            f"{name!r}: of {each.weight.entry.groups} groups, and the order of loralib's rows is then another"
+        )
     shape = each.weight.entry.shape
     if shape is not None and shape[0] != B.shape[0]:
         problems.append(f"{name!r}: loralib has no transposed convolutions")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.header import PREFIX, Header, WeightEntry
-from lorakit.layers import Convolution, Parameter, TransposedLinear, parts_of
+from lorakit.layers import Parameter, TransposedLinear, parts_of
 from lorakit.patterns import some
 from lorakit.peft.fields import OURS_ALONE, PATTERNS, UNDERSTOOD, peft_facts
 from lorakit.peft.layout import Placed, inner_biases, placed
@@ -137,8 +137,8 @@ def _beyond_factors(
     if entry.kind in _UNKNOWN_TO_PEFT:
         return [f"{entry.name} is of a kind that PEFT does not adapt ({entry.kind})"]
     layer: Any = None if model is None else model.get_submodule(entry.path)
-    if getattr(layer, "groups", 1) != 1 and entry.kind == Convolution.__name__:
-        return [f"{entry.name} is a convolution of {layer.groups} groups, where PEFT has a kernel across groups"]
+    if entry.groups != 1:
+        return [f"{entry.name} is a convolution of {entry.groups} groups, where PEFT has a kernel across groups"]
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return [f"{entry.name} is padded by {layer.padding_mode!r}, and by zeros in PEFT's product"]
     if getattr(layer, "padding", None) == "same" and any(size != 1 for size in layer.dilation):
