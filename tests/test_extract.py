@@ -178,14 +178,14 @@ def test_what_is_not_captured_is_named():
     base |= {"up.weight": torch.randn(4, 6, 2, 2), "up.bias": torch.randn(6), "half.weight": torch.randn(4, 4)}
     tuned = {name: tensor + 1 for name, tensor in base.items() if name != "old"} | {"new": torch.zeros(1)}
     tuned["embed.weight"] = torch.cat([tuned["embed.weight"], torch.zeros(2, 16)])
-    tuned["half.weight"] = tuned["half.weight"].half()
+    tuned["half.weight"] = tuned["half.weight"].to(torch.int8)
     adapter, report = extract(base, tuned, targets=["a", "conv*", "embed", "half", "ids", "n", "up"], rank=4)
     missed = dict(report.not_captured)
     words = {
         "old": "base alone",
         "new": "tuned checkpoint alone",
         "embed.weight": "30×16 in the base and 32×16",
-        "half.weight": "float16",
+        "half.weight": "int8",
         "ids": "int64",
         "n.running_mean": "buffer",
         "experts.w": "not in targets",
@@ -267,3 +267,19 @@ def test_progress_is_in_bytes_and_the_same_comes_out_twice(tmp_path):
     second, _ = extract(base, tmp_path / "tuned.safetensors")
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
+
+
+@pytest.mark.parametrize("coarse", ["base", "tuned"])
+def test_checkpoints_of_two_dtypes_differ_in_what_was_trained(coarse):
+    """What one has of the other but for rounding is unchanged; what was trained is captured."""
+    torch.manual_seed(0)
+    base = {name: torch.randn(12, 9) for name in ("same.weight", "trained.weight")}
+    tuned = {**base, "trained.weight": base["trained.weight"] + torch.randn(12, 2) @ torch.randn(2, 9)}
+    pair = {"base": base, "tuned": tuned}
+    pair[coarse] = {name: tensor.to(torch.bfloat16) for name, tensor in pair[coarse].items()}
+    adapter, report = extract(pair["base"], pair["tuned"], rank=2)
+    assert [weight.name for weight in adapter.weights] == ["trained.weight"]
+    assert report.unchanged == 1 and report.mixed == 1 and "two dtypes" in str(report)
+    B, A = adapter.weights[0].product()
+    wanted = pair["tuned"]["trained.weight"].float() - pair["base"]["trained.weight"].float()
+    assert (B @ A - wanted).norm() < 0.01 * wanted.norm()

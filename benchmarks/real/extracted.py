@@ -3,7 +3,7 @@
     python -m benchmarks.real.extracted       # about a minute of CPU time
 
 Four MNIST networks are trained as a whole on USPS digits, as in `benchmarks.real.usps`, and stories260K on SQL, as in
-`benchmarks.real.stories`. From each pair of checkpoints adapters of several ranks are extracted, and loaded on the base.
+`benchmarks.real.stories`. From each pair of checkpoints adapters of several ranks are extracted and loaded on the base.
 """
 
 import copy

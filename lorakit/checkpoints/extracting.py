@@ -55,6 +55,8 @@ class ExtractReport:
     weights: tuple[ExtractedWeight, ...]
     unchanged: int
     """How many tensors are the same in both."""
+    mixed: int
+    """How many changed ones are of two dtypes: their change holds what rounding to the coarser one took."""
     not_captured: tuple[tuple[str, str], ...]
     """Names, and why each is no part of the adapter: in one of the two alone, of another shape, not in targets."""
 
@@ -79,6 +81,8 @@ class ExtractReport:
         heads = ["weight", "seen as", "shape", "rank", "change", "error"]
         lines = [table(heads, rows, right=("rank", "change", "error"))]
         lines.append(f"error in all: {self.error:.2g}; {self.unchanged} tensors are unchanged")
+        if self.mixed:
+            lines.append(f"{self.mixed} are of two dtypes: their change holds what rounding to the coarser one took")
         if self.not_captured:
             lines.append(listed("not captured:", [f"{name!r} {why}" for name, why in self.not_captured]))
         return "\n".join(lines)
@@ -139,7 +143,7 @@ def extract(
         done += one[each].bytes
         way = ways[each]
         differ = _differ(one, other, each)
-        if differ is None and same(one, other, each):
+        if differ is None and _unchanged(one, other, each):
             unchanged += 1
             continue
         why = differ or _no_part(one, each, way) or ("changed, and is not in targets" if each not in chosen else None)
@@ -180,7 +184,8 @@ def extract(
         for each in tied
     ]
     adapter = Adapter(name, _usual(weights), tuple(weights), facts={TIED: tied} if tied else {})
-    return adapter, ExtractReport(tuple(rows), unchanged, tuple(missed))
+    mixed = sum(one[row.name].dtype != other[row.name].dtype for row in rows)
+    return adapter, ExtractReport(tuple(rows), unchanged, mixed, tuple(missed))
 
 
 def _both_names(one: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -220,7 +225,18 @@ def _differ(one: Checkpoint, other: Checkpoint, name: str) -> str | None:
     a, b = one[name], other[name]
     if a.shape != b.shape:
         return f"is {shown(a.shape)} in the base and {shown(b.shape)} in the tuned checkpoint"
-    return None if a.dtype == b.dtype else f"is {a.dtype} in the base and {b.dtype} in the tuned checkpoint"
+    floats = all(each.dtype.is_floating_point and each.dtype.itemsize >= 2 for each in (a, b))
+    if a.dtype == b.dtype or floats:
+        return None
+    return f"is {a.dtype} in the base and {b.dtype} in the tuned checkpoint"
+
+
+def _unchanged(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether both have the same values, or one has those of the other rounded to its dtype."""
+    if one[name].dtype == other[name].dtype:
+        return same(one, other, name)
+    a, b = one.read(name), other.read(name)
+    return torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype))
 
 
 def _no_part(checkpoint: Checkpoint, name: str, way: Seen | str) -> str | None:
@@ -245,7 +261,7 @@ def _extracted(
     how = (stored.shape, str(stored.dtype).removeprefix("torch."), fingerprint(base.peek(name)))
     entry = WeightEntry(path, parameter, None, *how)
     if kind is None:
-        value = tuned.read(name).to(accumulation_dtype(stored.dtype))
+        value = tuned.read(name).to(accumulation_dtype(torch.promote_types(stored.dtype, tuned[name].dtype)))
         change = _norm(value - base.read(name))
         if not math.isfinite(change):
             raise LorakitError("it holds NaN or infinity")
@@ -268,7 +284,7 @@ def _extracted(
 
 def _difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Tensor:
     """ΔW in at least 32 bits, with no more in memory than itself and one of the two."""
-    dtype = accumulation_dtype(base[name].dtype)
+    dtype = accumulation_dtype(torch.promote_types(base[name].dtype, tuned[name].dtype))
     delta = tuned.read(name).to(dtype)
     flat, other = delta.view(-1), base.read(name).view(-1)
     wide = torch.empty(min(_BLOCK, len(flat)), dtype=dtype)
