@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 _SAMPLES = 256
 _BLOCK = 2**14
@@ -84,6 +85,26 @@ def checksum(*parts: Tensor) -> str | None:
             digest.update((some >> 29).add_(some).mul_(weights).sum(-1).cpu().numpy().data)
         digest.update(data[8 * words :].cpu().numpy().data)
     return digest.hexdigest()[:32]
+
+
+_remembered = WeakIdKeyDictionary()
+"""Weight → its marks when its checksum was taken, and the checksum."""
+
+
+def remembered_checksum(sample: str | None, *parts: Tensor) -> str | None:
+    """`checksum` of a weight with this fingerprint, taken anew only if the weight may have changed since.
+
+    A base is frozen while its adapters train: it is read as a whole for the first save, and for no other. What is
+    written past torch's count of changes (`.data`) is noticed by the fingerprint.
+    """
+    if not parts or not all(type(part) in _PLAIN and not part.is_inference() for part in parts):
+        return checksum(*parts)
+    marks = sample, *((part.data_ptr(), part._version, part.shape, part.dtype) for part in parts)
+    found = _remembered.get(parts[0])
+    if found is None or found[0] != marks:
+        _remembered[parts[0]] = found = marks, checksum(*parts)
+    known: str | None = found[1]
+    return known
 
 
 @lru_cache(maxsize=1)

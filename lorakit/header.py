@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import checksum, fingerprint
+from lorakit.fingerprint import fingerprint, remembered_checksum
 from lorakit.layers import Mode, Parameter, outline, stored_dtype, stored_tensors
 from lorakit.state import Site
 from lorakit.storage import parse_json_object
@@ -57,7 +57,8 @@ class WeightEntry(NamedTuple):
         shape = tuple(outline(site.layer, update.kind).shape)
         dtype, kind = stored_dtype(site.layer, update.kind), update.kind
         how = (variant, kind.slices, type(kind).__name__, kind.padding_idx)
-        prints = fingerprint(*stored), *how, checksum(*stored) if full else None
+        sample = fingerprint(*stored)
+        prints = sample, *how, remembered_checksum(sample, *stored) if full else None
         order = _order(site) if isinstance(kind, Parameter) else None
         transposed = order is not None and bool(getattr(site.layer, "is_transposed", False))
         groups: Any = getattr(site.layer, "groups", 1) if isinstance(site.layer, nn.modules.conv._ConvNd) else 1

@@ -12,7 +12,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.exchange import write
 from lorakit.files import adapter_value
-from lorakit.fingerprint import checksum
+from lorakit.fingerprint import checksum, fingerprint, remembered_checksum
 
 
 def wide() -> nn.Module:
@@ -118,3 +118,23 @@ def test_a_checksum_goes_by_the_values_and_not_by_where_they_lie():
 
 def test_the_checksum_is_the_same_in_every_version():
     assert checksum(torch.arange(3 * BLOCK, dtype=torch.int32)) == "61327910ec8ab1b5622e38ae9750d413"
+
+
+def test_a_checksum_is_taken_anew_where_the_weight_changed():
+    """Remembered between saves: in-place changes, other memory and writes past torch's count are noticed."""
+    weight = torch.nn.Parameter(torch.randn(300, 200))
+
+    def remembered():
+        return remembered_checksum(fingerprint(weight), weight)
+
+    assert remembered() == checksum(weight) == remembered()
+    with torch.no_grad():
+        weight[7, 7] += 1
+    assert remembered() == checksum(weight)
+    weight.data.mul_(2)
+    assert remembered() == checksum(weight)
+    weight.data = torch.randn(300, 200)
+    assert remembered() == checksum(weight)
+    with torch.inference_mode():
+        inside = torch.randn(30, 20)
+        assert remembered_checksum(fingerprint(inside), inside) == checksum(inside)
