@@ -131,7 +131,7 @@ def load(
         path: a directory, a file, or an `Adapter`.
         name: what to call it here; by default the name it was saved under, or the path's own.
         verify: "sample" compares fingerprints of the adapted weights with those stored, "full" every byte of them by
-            a checksum, which reads them all (4 GB/s on one core); "off" does neither, for the same base in another
+            a checksum, which reads them all (some GB/s on one core); "off" does neither, for the same base in another
             dtype, say.
         trainable: whether to train it on.
         rank: fill the factors up with zeros to this rank, for the same ΔW: adapters of equal shapes are switched in
