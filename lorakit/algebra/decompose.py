@@ -41,16 +41,25 @@ def decompose(W: Tensor, rank: int) -> Decomposition:
         LorakitError: W is not a non-empty matrix of finite real numbers, or rank is out of range.
     """
     M = checked_matrix(W)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(M.shape):
-        raise LorakitError(
-            f"rank={rank!r} must be an integer from 1 to {min(M.shape)}, the smaller side of W: {tuple(M.shape)}"
-        )
+    check_rank(M, rank)
     U, values, Vh = torch.linalg.svd(M, full_matrices=False)
     check_overflow(values, "W")
     root = values[:rank].sqrt()
     lost = math.hypot(*values[rank:].tolist())
     # Products, not views: a view of U or Vᵀ would keep all of it in memory.
     return Decomposition(U[:, :rank] * root, root[:, None] * Vh[:rank], lost, values)
+
+
+def check_rank(M: Tensor, rank: object) -> None:
+    """Whether a matrix can have an approximation of this rank.
+
+    Raises:
+        LorakitError: it is no integer from 1 to the smaller side.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(M.shape):
+        raise LorakitError(
+            f"rank={rank!r} must be an integer from 1 to {min(M.shape)}, the smaller side of W: {tuple(M.shape)}"
+        )
 
 
 def factored_singular_values(B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:

@@ -10,10 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from lorakit.algebra.decompose import Decomposition
+from lorakit.algebra.decompose import Decomposition, check_rank
 from lorakit.algebra.low_rank import check_bounds
 from lorakit.algebra.rank import check_overflow, checked_matrix
-from lorakit.errors import LorakitError
 
 _EXTRA = 16
 """Mixtures beyond the rank (p in the paper, which takes 5 to 10)."""
@@ -42,10 +41,7 @@ def randomized_svd(W: Tensor, rank: int, *, iterations: int = 4, seed: int = 0) 
         LorakitError: W is not a non-empty matrix of finite real numbers, or rank is out of range.
     """
     M = checked_matrix(W)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(M.shape):
-        raise LorakitError(
-            f"rank={rank!r} must be an integer from 1 to {min(M.shape)}, the smaller side of W: {tuple(M.shape)}"
-        )
+    check_rank(M, rank)
     with torch.autocast(M.device.type, enabled=False):
         U, values, Vh = _largest(M, rank, iterations, seed)
         check_overflow(values, "W")
