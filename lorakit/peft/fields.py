@@ -25,6 +25,8 @@ UNDERSTOOD = {
     *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     *("lora_alpha", "lora_dropout", "use_rslora", "r"),
     *("target_parameters", "lora_bias"),  # what their tensors mean is told by their keys, and by a live model
+    *("corda_config", "loftq_config", "lora_ga_config"),  # of starts that init_lora_weights names, or has outlived
+    "merge_weights",  # of PEFT 0.2: whether eval() was to merge
 }
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
 """Layers that PEFT saves along as a whole where a vocabulary was enlarged, whatever its config says."""
