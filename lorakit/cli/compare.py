@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.common import counted, natural_order, printable, show_table
-from lorakit.cli.options import Alpha, NamesFrom, names_in
+from lorakit.cli.options import Alpha, Enabled, Heads, KvHeads, NamesFrom, Part, names_in, parse_enabled, read_lacking
 
 if TYPE_CHECKING:
+    from lorakit.formats import Known, Names
     from lorakit.values.adapter import Adapter
 
 COLUMNS = ("weight", "‖ΔW‖ of A", "of B", "distance", "cosine", "φ in", "φ out")
@@ -25,13 +26,25 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same base.")],
     alpha: Alpha = None,
     names: NamesFrom = None,
+    part: Part = None,
+    enabled: Enabled = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")] = False,
 ) -> None:
-    """Say for each weight how much two adapters change, how alike they are, and whether they collide."""
-    from lorakit.exchange import read
+    """Say for each weight how much two adapters change, how alike they are, and whether they collide.
+
+    What is not in a file, such as its alpha, is given for those that lack it.
+    """
+    from lorakit.formats import Known, with_heads
     from lorakit.values.comparison import compare as compared
 
-    left, right = _named_alike(read(a, alpha=alpha), read(b, alpha=alpha), names)
+    target = None if names is None else names_in(names)
+    known = Known(heads=heads, kv_heads=kv_heads, part=part)
+    if target is not None:
+        known = with_heads(known, target.config)
+    given = {"alpha": alpha, "enabled": parse_enabled(enabled), "heads": known.heads, "kv_heads": known.kv_heads}
+    left, right = _named_alike(read_lacking([a, b], **given), target, known)
     found = compared(left, right)
     shared = _shared(left, right)
     if as_json:
@@ -58,19 +71,21 @@ def compare(
     typer.echo(EXPLANATION)
 
 
-def _named_alike(a: "Adapter", b: "Adapter", names: Path | None) -> "tuple[Adapter, Adapter]":
+def _named_alike(both: "list[Adapter]", names: "Names | None", known: "Known") -> "tuple[Adapter, Adapter]":
     """Both with names of one kind: those of a model, or those that one of them has."""
-    from lorakit.exchange import renamed_for
-    from lorakit.formats import Known, resolved
+    from lorakit.formats import Names, resolved
+    from lorakit.values.comparison import has_no_effect
 
+    a, b = both
     if names is not None:
-        target = names_in(names)
-        return resolved(a, target, Known()), resolved(b, target, Known())
-    if a.naming and not b.naming:
-        return renamed_for(a, [weight.name for weight in b.weights]), b
-    if b.naming and not a.naming:
-        return a, renamed_for(b, [weight.name for weight in a.weights])
-    return a, b
+        return resolved(a, names, known), resolved(b, names, known)
+    if bool(a.naming) == bool(b.naming):
+        return a, b
+    one, other = (a, b) if a.naming else (b, a)
+    # Of layers that the other does not have, what changes nothing needs no name.
+    one = one.with_weights(weight for weight in one.weights if not has_no_effect(weight))
+    one = resolved(one, Names.of_list([weight.name for weight in other.weights]), known)
+    return (one, other) if a.naming else (other, one)
 
 
 def _shared(a: "Adapter", b: "Adapter") -> dict[str, tuple[float, float]]:

@@ -1,5 +1,6 @@
 """`lorakit convert`: an adapter in another format, and what that cannot hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from lorakit.cli.common import check_output
 from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, parse_enabled
+from lorakit.errors import LorakitError
 
 
 def convert(
@@ -31,18 +33,24 @@ def convert(
     Outputs of a model do not change: what the format cannot hold and outputs depend on is an error that lists all of
     it. Names that a file has flattened or numbered are found again in those of the model (--names).
     """
-    from lorakit.exchange import read, write
-    from lorakit.formats import Known, Names, form_named, resolved
+    from lorakit.exchange import write
+    from lorakit.formats import Known, Names, content_of, form_named, resolved, with_heads
 
-    form_named(to)
+    target = form_named(to)
     check_output(out, force)
-    adapter = read(
-        source, format=come_from, alpha=alpha, enabled=parse_enabled(enabled), heads=heads, kv_heads=kv_heads
-    )
+    given = Known(alpha, parse_enabled(enabled))
+    content, form = content_of(source, come_from, given)
+    if heads is not None and "heads" not in (*form.takes, *target.takes):
+        raise LorakitError(f"neither {form.name} nor {to} needs --heads: leave it away")
+    model = None if names is None else names_in(names)
+    known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), {} if model is None else model.config)
+    if "heads" in form.takes:  # the rows may lie in another order in one of the two files, or in both
+        given = replace(given, heads=known.heads, kv_heads=known.kv_heads)
+    adapter = form.read(content, given)
     if adapter.naming and (names is not None or part is not None or (heads is not None and adapter.format != to)):
-        known = Known(heads=heads, kv_heads=kv_heads, part=part)
-        adapter = resolved(adapter, Names({}) if names is None else names_in(names), known)
-    lost = write(adapter, out, to, portable=portable, heads=heads, kv_heads=kv_heads, part=part, arch=arch)
+        adapter = resolved(adapter, Names({}) if model is None else model, known)
+    own = {name: value for name, value in vars(known).items() if name in ("heads", "kv_heads", "part")}
+    lost = write(adapter, out, to, portable=portable, arch=arch, **own)
     typer.echo(
         f"{source} ({adapter.format}) → {out} ({to}): {len(adapter.weights)} weights, {adapter.parameters:,} numbers"
     )

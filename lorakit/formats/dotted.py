@@ -32,7 +32,9 @@ _PROCESSOR = re.compile(r"^(?:(.+)\.)?processor\.(to_q|to_k|to_v|to_out)_lora\.(
 _TEXT = re.compile(r"^(.+)\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _LANGUAGE = re.compile(
-    r"^(?!(?:text_encoder(?:_[23])?|text_model|text_encoders|unet|diffusion_model)\.)(?:.*\.)?(?:layers?|h)\.\d+\.(?:.*\.)?"
+    r"^(?!(?:text_encoders?(?:_[23])?|text_model|unet|diffusion_model|transformer_2|prior|controlnet)\.)"
+    r"(?!transformer\.(?!h\.|encoder\.layers\.))"  # the transformer of a pipeline, and not that of GPT-2 or ChatGLM
+    r"(?:.*\.)?(?:layers?|h)\.\d+\.(?:.*\.)?"
     r"(?:[qkvo]_proj|(?:gate|up|down|gate_up|qkv)_proj|W_pack|Wqkv|w[qkvo]|c_attn|c_fc|query_key_value|query|value)"
     r"\.lora_[AB](?:\.[^.]+)?\.weight$"
 )
