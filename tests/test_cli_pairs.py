@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -119,3 +120,39 @@ def test_what_no_file_needs_is_refused(ours, tmp_path):
         done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code != 0
         assert "leave it away" in done.output + repr(done.exception)
+
+
+def pipeline(path: Path) -> tuple[Path, Path]:
+    """An adapter of a UNet and a text encoder, as diffusers and as sd-scripts have it."""
+    torch.manual_seed(0)
+    dotted, flat = {}, {}
+    for part, prefix, name in (
+        ("unet", "lora_unet_", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+        ("unet", "lora_unet_", "mid_block.attentions.0.proj_in"),
+        ("text_encoder", "lora_te_", "text_model.encoder.layers.0.self_attn.q_proj"),
+    ):
+        A, B, alpha = torch.randn(2, 8), torch.randn(8, 2), torch.tensor(1.0)
+        dotted |= {f"{part}.{name}.lora_A.weight": A, f"{part}.{name}.lora_B.weight": B, f"{part}.{name}.alpha": alpha}
+        stem = prefix + name.replace(".", "_")
+        flat |= {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": alpha}
+    one, other = path / "diffusers.safetensors", path / "kohya.safetensors"
+    save_file({key: tensor.clone() for key, tensor in dotted.items()}, one)
+    save_file({key: tensor.clone() for key, tensor in flat.items()}, other)
+    return one, other
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_flattened_names_are_found_in_the_dotted_ones_of_the_other(tmp_path, part):
+    one, other = pipeline(tmp_path)
+    for pair in ((one, other), (other, one)):
+        told = lorakit("compare", *pair, "--part", part)
+        assert "the same adapter:" in told
+        assert told.count("not compared: ") == 2
+
+
+def test_what_is_not_compared_is_said(tmp_path):
+    one, other = pipeline(tmp_path)
+    save_file({key: tensor for key, tensor in load_file(one).items() if key.startswith("unet")}, one)
+    told = lorakit("compare", one, other)
+    assert "not compared: B also holds 1 weights of lora_te_" in told
+    assert "the same adapter, but for what was not compared" in told

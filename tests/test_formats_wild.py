@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close
@@ -302,3 +303,16 @@ def test_parts_that_are_missing_doubled_or_not_in_the_index(tmp_path):
         part.unlink()
     with refused("parts are missing"):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["0000100_adapters.safetensors", "0000100_adapters.npz"])
+def test_a_state_of_an_mlx_run_has_the_scale_of_its_config(tmp_path, name):
+    factors = {"model.layers.0.q.lora_a": torch.ones(4, 2), "model.layers.0.q.lora_b": torch.ones(2, 4)}
+    if name.endswith(".npz"):
+        np.savez(tmp_path / name, **{key: tensor.numpy() for key, tensor in factors.items()})
+    else:
+        save_file(factors, tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text('{"lora_parameters": {"rank": 2, "scale": 20.0}}')
+    assert read(tmp_path / name).weights[0].variant.scale == 20
+    with refused(name, "name the one that is meant"):
+        read(tmp_path)

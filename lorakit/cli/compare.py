@@ -66,7 +66,12 @@ def compare(
             typer.echo(f"only {which} changes {', '.join(map(printable, only))}")
     for problem in found.unlike:
         typer.echo(f"not compared: {printable(problem)}")
+    left_out = [("A", what) for what in left.left_out] + [("B", what) for what in right.left_out]
+    for which, what in left_out:
+        typer.echo(f"not compared: {which} also holds {printable(what)}")
     verdict = "the same adapter" if found.same else "two adapters"
+    if found.same and left_out and part is None:
+        verdict += ", but for what was not compared"
     typer.echo(f"{verdict}: distance {found.distance:.3g} over {counted(len(found.weights), 'weight')} of both\n")
     typer.echo(EXPLANATION)
 
@@ -79,6 +84,10 @@ def _named_alike(both: "list[Adapter]", names: "Names | None", known: "Known") -
     a, b = both
     if names is not None:
         return resolved(a, names, known), resolved(b, names, known)
+    if a.naming != b.naming and {a.naming, b.naming} == {"kohya", "diffusers"}:
+        dotted = a if a.naming == "diffusers" else b
+        target = Names.of_list([_of_model(weight.name) for weight in dotted.weights])
+        return resolved(a, target, known), resolved(b, target, known)
     if bool(a.naming) == bool(b.naming):
         return a, b
     one, other = (a, b) if a.naming else (b, a)
@@ -86,6 +95,14 @@ def _named_alike(both: "list[Adapter]", names: "Names | None", known: "Known") -
     one = one.with_weights(weight for weight in one.weights if not has_no_effect(weight))
     one = resolved(one, Names.of_list([weight.name for weight in other.weights]), known)
     return (one, other) if a.naming else (other, one)
+
+
+def _of_model(name: str) -> str:
+    """A name in a pipeline's file as its model has it."""
+    from lorakit.formats.dotted import part_of
+
+    part = "diffusion_model" if name.startswith("diffusion_model.") else part_of(name)
+    return name.removeprefix(f"{part}.") if part else name
 
 
 def _shared(a: "Adapter", b: "Adapter") -> dict[str, tuple[float, float]]:

@@ -1,6 +1,7 @@
 """What lies in a file, before anyone asks what it means: tensors, metadata, and the config beside it."""
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ NAMES = (
     "adapter_model.pt",
 )
 """What the file with the tensors is called in a directory."""
+_NUMBERED = re.compile(r"\d{7}_adapters\.(safetensors|npz)|adapter_\d{1,6}\.(safetensors|bin|pt)")
+"""What mlx-lm and torchtune call the states of a run, which share one config."""
+_SUFFIXES = (".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 CONFIGS = ("adapter_config.json", "hyperparameters.yaml")
 """What lies beside it and says what they mean."""
 
@@ -81,7 +85,10 @@ def _file(path: Path) -> Path:
         if len(below) == 1:
             return _file(below[0])
         what = f"; {some([child.name for child in below])} in it do: name the one that is meant" if below else ""
-        if not below and (path / CONFIGS[0]).is_file():
+        others = [child.name for child in sorted(path.iterdir()) if child.suffix in _SUFFIXES]
+        if not below and others:
+            what = f"; it holds {some(others)}: name the one that is meant"
+        elif not below and (path / CONFIGS[0]).is_file():
             what = f": its {CONFIGS[0]} lies there without the tensors; fetch them, too"
         raise LorakitError(f"{path} holds none of {', '.join(NAMES)}{what or '; name the file itself'}")
     if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
@@ -124,7 +131,8 @@ def _members_are_arrays(file: Path) -> bool:
 def _config(file: Path) -> Mapping[str, Any] | None:
     for name in CONFIGS:
         config = file.with_name(name)
-        if not config.is_file() or (file.name not in NAMES and not name.endswith(".yaml")):
+        known = file.name in NAMES or _NUMBERED.fullmatch(file.name) or name.endswith(".yaml")
+        if not config.is_file() or not known:
             continue
         return read_yaml(config) if name.endswith(".yaml") else read_json_object(config)
     return None

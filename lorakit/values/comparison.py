@@ -66,7 +66,7 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     if a.naming != b.naming:
         raise LorakitError(
             f"{a.name!r} has names as {a.naming or 'a model'} has them, {b.name!r} as {b.naming or 'a model'}: give "
-            "both the model's names first"
+            "both the model's names first (renamed_for; --names on the command line)"
         )
     left = {weight.name: weight for weight in a.weights}
     right = {weight.name: weight for weight in b.weights}
