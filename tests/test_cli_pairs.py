@@ -92,6 +92,19 @@ def test_from_each_format_to_each(ours, first, tmp_path):
             assert_close(live(IDS).logits, expected, factor=4)
 
 
+@pytest.mark.parametrize("form", ["peft", "litgpt", "torchtune", "gguf"])
+def test_merging_takes_the_heads_from_the_base(ours, form, tmp_path):
+    model, folder, expected = ours
+    source = tmp_path / f"{form}{SUFFIXES[form]}"
+    heads = [] if form == "peft" else ["--heads", 4, "--kv-heads", 2]
+    lorakit("convert", folder / "ours", source, "--to", form, *heads, "--arch", "llama")
+    lorakit("merge", folder / "model", source, tmp_path / "merged")
+    live = copy.deepcopy(model)
+    live.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"), strict=False)
+    with torch.no_grad():
+        assert_close(live(IDS).logits, expected, factor=4)
+
+
 def test_without_names_what_changes_nothing_needs_none(ours, tmp_path):
     """LitGPT has factors for all three layers of an MLP, if for one: those of the others are zero."""
     _, folder, _ = ours

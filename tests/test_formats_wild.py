@@ -316,3 +316,14 @@ def test_a_state_of_an_mlx_run_has_the_scale_of_its_config(tmp_path, name):
     assert read(tmp_path / name).weights[0].variant.scale == 20
     with refused(name, "name the one that is meant"):
         read(tmp_path)
+
+
+def test_one_reason_for_many_weights_is_one_line(tmp_path):
+    tensors = {
+        f"base_model.model.layers.{i}.q_proj.lora_{end}.weight": torch.ones(shape)
+        for i in range(100)
+        for end, shape in (("A", (2, 4)), ("B", (4, 2)))
+    }
+    with refused("layers.0.q_proj", "and 94 more", "rank 4") as caught:
+        read(directory(tmp_path, tensors, r=4))
+    assert len(str(caught.value)) < 1000

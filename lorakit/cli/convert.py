@@ -1,13 +1,12 @@
 """`lorakit convert`: an adapter in another format, and what that cannot hold."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lorakit.cli.common import check_output
-from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, parse_enabled
+from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, read_with
 from lorakit.errors import LorakitError
 
 
@@ -34,19 +33,15 @@ def convert(
     it. Names that a file has flattened or numbered are found again in those of the model (--names).
     """
     from lorakit.exchange import write
-    from lorakit.formats import Known, Names, content_of, form_named, resolved, with_heads
+    from lorakit.formats import FORMATS, Known, Names, form_named, resolved, with_heads
 
     target = form_named(to)
     check_output(out, force)
-    given = Known(alpha, parse_enabled(enabled))
-    content, form = content_of(source, come_from, given)
-    if heads is not None and "heads" not in (*form.takes, *target.takes):
-        raise LorakitError(f"neither {form.name} nor {to} needs --heads: leave it away")
     model = None if names is None else names_in(names)
     known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), {} if model is None else model.config)
-    if "heads" in form.takes:  # the rows may lie in another order in one of the two files, or in both
-        given = replace(given, heads=known.heads, kv_heads=known.kv_heads)
-    adapter = form.read(content, given)
+    adapter = read_with(source, come_from, alpha, enabled, known)
+    if heads is not None and "heads" not in (*FORMATS[adapter.format].takes, *target.takes):
+        raise LorakitError(f"neither {adapter.format} nor {to} needs --heads: leave it away")
     if adapter.naming and (names is not None or part is not None or (heads is not None and adapter.format != to)):
         adapter = resolved(adapter, Names({}) if model is None else model, known)
     own = {name: value for name, value in vars(known).items() if name in ("heads", "kv_heads", "part")}

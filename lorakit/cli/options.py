@@ -1,6 +1,7 @@
 """Options that several commands take, and the adapters that they name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.formats import Names
+    from lorakit.formats import Known, Names
     from lorakit.values.adapter import Adapter
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -50,6 +51,21 @@ def parse_enabled(text: str | None) -> tuple[bool, ...] | None:
     if not all(word in ("0", "1") for word in words):
         raise LorakitError(f"--enabled {text!r} must be zeros and ones, such as 1,0,1 for q and v of q, k, v")
     return tuple(word == "1" for word in words)
+
+
+def read_with(path: Path, come_from: str | None, alpha: float | None, enabled: str | None, known: "Known") -> "Adapter":
+    """An adapter, with the heads that are known if rows lie in another order in its format.
+
+    Raises:
+        LorakitError: it cannot be read, or holds what is given.
+    """
+    from lorakit.formats import Known, content_of
+
+    given = Known(alpha, parse_enabled(enabled))
+    content, form = content_of(path, come_from, given)
+    if "heads" in form.takes:
+        given = replace(given, heads=known.heads, kv_heads=known.kv_heads)
+    return form.read(content, given)
 
 
 def read_lacking(paths: Sequence[Path], **given: Any) -> "list[Adapter]":
