@@ -327,3 +327,24 @@ def test_one_reason_for_many_weights_is_one_line(tmp_path):
     with refused("layers.0.q_proj", "and 94 more", "rank 4") as caught:
         read(directory(tmp_path, tensors, r=4))
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        (
+            {"fine_tune_type": "lora", "num_layers": 16, "optimizer": "adam"},
+            10.0,
+        ),  # alpha stands there, and is not used
+        ({"num_layers": 8}, 10.0),
+        ({"lora_layers": 32, "use_dora": False}, None),  # one version multiplied by alpha/rank, the next did not
+    ],
+)
+def test_alpha_beside_the_scale_in_configs_of_mlx(tmp_path, fields, scale):
+    factors = {"model.layers.0.q.lora_a": torch.ones(4, 2), "model.layers.0.q.lora_b": torch.ones(2, 4)}
+    save_file(factors, tmp_path / "adapters.safetensors")
+    given = {**fields, "lora_parameters": {"rank": 2, "alpha": 16, "dropout": 0.0, "scale": 10.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(given))
+    adapter = read(tmp_path)
+    assert adapter.missing == (() if scale else ("alpha",))
+    assert scale is None or adapter.weights[0].variant.scale == scale
