@@ -34,6 +34,8 @@ _KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
 PATTERNS = {"rank_pattern": ("r", "rank"), "alpha_pattern": ("lora_alpha", "alpha")}
 
 
+_READ = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA")
+"""The methods that are read, as PEFT calls them."""
 OURS_ALONE = "LORAKIT"
 """The peft_type of what PEFT has no words for: it then says so, where it would load a part without a word."""
 
@@ -58,7 +60,7 @@ def header_from_peft(
     except LorakitError as error:
         raise LorakitError(f"{path}: in its config, {error}") from None
     if not found:
-        raise LorakitError(f"{path}: peft_type is {config['peft_type']!r}; what can be read is {', '.join(VARIANTS)}")
+        raise LorakitError(f"{path}: peft_type is {config['peft_type']!r}; what can be read is {', '.join(_READ)}")
     (variant,) = found
     unread = [
         f"{key}={value!r}"
