@@ -15,6 +15,7 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.mistaken import check_fetched
 from lorakit.safe import Content, read_in_order
 
 
@@ -118,7 +119,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > _MOST_TEXT:
             raise LorakitError(f"{path} is of {size:,} bytes; no config is so large")
-        return parse_json_object(path.read_text(encoding="utf-8"), str(path))
+        check_fetched(path)
+        return parse_json_object(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise LorakitError(f"cannot read {path}: {error}") from None
 

@@ -286,6 +286,8 @@ def test_mlx_without_a_config_asks_for_alpha(tmp_path):
     assert {weight.variant.scale for weight in read(path, alpha=40).weights} == {20.0}
     old = config_of()
     old["lora_parameters"]["alpha"] = 16.0  # what it means depends on the version that trained it
+    del old["fine_tune_type"]  # which came when alpha had no meaning any more
+    old["lora_layers"] = old.pop("num_layers")
     assert read(mlx_files(tmp_path / "b", mlx_tensors(), old)).missing == ("alpha",)
     top = {"lora_layers": 4, "rank": 2, "scale": 20.0}
     assert {weight.variant.scale for weight in read(mlx_files(tmp_path / "c", mlx_tensors(), top)).weights} == {20.0}

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
     {"errors", "tables", "untouched", "safe"},
-    {"untrusted"},
+    {"untrusted", "mistaken"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},

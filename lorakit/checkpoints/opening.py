@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.checkpoints.checkpoint import Checkpoint, Part, check, in_memory
 from lorakit.checkpoints.shards import Stored, read_shard
 from lorakit.errors import LorakitError
+from lorakit.mistaken import check_fetched
 from lorakit.state import find_root
 from lorakit.storage import read_json_object
 
@@ -149,6 +150,7 @@ def _together(
 
 
 def _open_file(path: Path) -> _Opened:
+    check_fetched(path)
     if path.suffix in TORCH:
         return _open_torch(path)
     shard = read_shard(path)

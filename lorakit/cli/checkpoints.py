@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.common import check_output, reporting
-from lorakit.cli.options import Alpha, Energy, Error, Force, From, Heads, Part, Rank, To
+from lorakit.cli.options import Alpha, Enabled, Energy, Error, Force, From, Heads, KvHeads, Part, Rank, To, read_with
 from lorakit.errors import LorakitError
 
 
@@ -54,18 +54,20 @@ def merge(
     part: Part = None,
     alpha: Alpha = None,
     come_from: From = None,
+    enabled: Enabled = None,
     heads: Heads = None,
+    kv_heads: KvHeads = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the base's fingerprints.")] = True,
     force: Force = False,
 ) -> None:
     """Fold an adapter into a checkpoint: W + ΔW, formed in 32 bits, rounded once to the base's dtype."""
     from lorakit.checkpoints.merging import merge_checkpoint
-    from lorakit.exchange import read
-    from lorakit.formats import Known, Names, resolved
+    from lorakit.formats import Known, Names, resolved, with_heads
 
     check_output(out, force)
-    value = read(adapter, format=come_from, alpha=alpha, heads=heads)
-    value = resolved(value, Names.of_checkpoint(base), Known(heads=heads, part=part))
+    names = Names.of_checkpoint(base)
+    known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), names.config)
+    value = resolved(read_with(adapter, come_from, alpha, enabled, known), names, known)
     with reporting("Merging") as moved:
         report = merge_checkpoint(
             base,

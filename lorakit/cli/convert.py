@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.common import check_output
-from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, parse_enabled
+from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, read_with
+from lorakit.errors import LorakitError
 
 
 def convert(
@@ -31,18 +32,20 @@ def convert(
     Outputs of a model do not change: what the format cannot hold and outputs depend on is an error that lists all of
     it. Names that a file has flattened or numbered are found again in those of the model (--names).
     """
-    from lorakit.exchange import read, write
-    from lorakit.formats import Known, Names, form_named, resolved
+    from lorakit.exchange import write
+    from lorakit.formats import FORMATS, Known, Names, form_named, resolved, with_heads
 
-    form_named(to)
+    target = form_named(to)
     check_output(out, force)
-    adapter = read(
-        source, format=come_from, alpha=alpha, enabled=parse_enabled(enabled), heads=heads, kv_heads=kv_heads
-    )
+    model = None if names is None else names_in(names)
+    known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), {} if model is None else model.config)
+    adapter = read_with(source, come_from, alpha, enabled, known)
+    if heads is not None and "heads" not in (*FORMATS[adapter.format].takes, *target.takes):
+        raise LorakitError(f"neither {adapter.format} nor {to} needs --heads: leave it away")
     if adapter.naming and (names is not None or part is not None or (heads is not None and adapter.format != to)):
-        known = Known(heads=heads, kv_heads=kv_heads, part=part)
-        adapter = resolved(adapter, Names({}) if names is None else names_in(names), known)
-    lost = write(adapter, out, to, portable=portable, heads=heads, kv_heads=kv_heads, part=part, arch=arch)
+        adapter = resolved(adapter, Names({}) if model is None else model, known)
+    own = {name: value for name, value in vars(known).items() if name in ("heads", "kv_heads", "part")}
+    lost = write(adapter, out, to, portable=portable, arch=arch, **own)
     typer.echo(
         f"{source} ({adapter.format}) → {out} ({to}): {len(adapter.weights)} weights, {adapter.parameters:,} numbers"
     )

@@ -1,15 +1,16 @@
 """Options that several commands take, and the adapters that they name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.formats import Names
+    from lorakit.formats import Known, Names
     from lorakit.values.adapter import Adapter
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -52,15 +53,51 @@ def parse_enabled(text: str | None) -> tuple[bool, ...] | None:
     return tuple(word == "1" for word in words)
 
 
+def read_with(path: Path, come_from: str | None, alpha: float | None, enabled: str | None, known: "Known") -> "Adapter":
+    """An adapter, with the heads that are known if rows lie in another order in its format.
+
+    Raises:
+        LorakitError: it cannot be read, or holds what is given.
+    """
+    from lorakit.formats import Known, content_of
+
+    given = Known(alpha, parse_enabled(enabled))
+    content, form = content_of(path, come_from, given)
+    if "heads" in form.takes:
+        given = replace(given, heads=known.heads, kv_heads=known.kv_heads)
+    return form.read(content, given)
+
+
+def read_lacking(paths: Sequence[Path], **given: Any) -> "list[Adapter]":
+    """Adapters, each read with what its own file lacks of what is given: one may hold its alpha and another not.
+
+    Raises:
+        LorakitError: one cannot be read, or none lacks an alpha or the parts that are given.
+    """
+    from lorakit.exchange import read
+
+    given = {name: value for name, value in given.items() if value is not None}
+    found: list[Adapter] = []
+    needed: set[str] = set()
+    for path in paths:
+        adapter = read(path)
+        missing = {*adapter.missing, *(["kv_heads"] if "heads" in adapter.missing else [])}
+        wanted = {name: value for name, value in given.items() if name in missing}
+        needed |= wanted.keys()
+        found.append(read(path, **wanted) if wanted else adapter)
+    needless = [name for name in ("alpha", "enabled") if name in given and name not in needed]
+    if needless:
+        raise LorakitError(f"{', '.join(map(str, paths))} lack no {' and no '.join(needless)}: leave it away")
+    return found
+
+
 def read_weighted(paths: Sequence[str], alpha: float | None) -> "list[tuple[Adapter, float]]":
     """The adapters that "PATH" or "PATH=WEIGHT" name, each with its weight.
 
     Raises:
         LorakitError: one cannot be read.
     """
-    from lorakit.exchange import read
-
-    found = []
+    named = []
     for text in paths:
         path, sign, weight = text.rpartition("=")
         try:
@@ -69,8 +106,9 @@ def read_weighted(paths: Sequence[str], alpha: float | None) -> "list[tuple[Adap
             raise LorakitError(
                 f"{text!r}: {weight!r} is no number; give PATH=WEIGHT, or PATH for a weight of 1"
             ) from None
-        found.append((read(text if factor is None else path, alpha=alpha), 1.0 if factor is None else factor))
-    return found
+        named.append((Path(text if factor is None else path), 1.0 if factor is None else factor))
+    adapters = read_lacking([path for path, _ in named], alpha=alpha)
+    return [(adapter, factor) for adapter, (_, factor) in zip(adapters, named, strict=True)]
 
 
 def names_in(path: Path) -> "Names":

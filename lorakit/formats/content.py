@@ -1,6 +1,7 @@
 """What lies in a file, before anyone asks what it means: tensors, metadata, and the config beside it."""
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from lorakit.errors import LorakitError
 from lorakit.formats.archive import read_npz
 from lorakit.formats.gguf_file import read_gguf
 from lorakit.formats.pickled import read_pickled
+from lorakit.formats.sharded import read_shards
+from lorakit.mistaken import as_text, check_fetched
 from lorakit.patterns import some
 from lorakit.storage import read_json_object, read_tensors
 
@@ -23,6 +26,9 @@ NAMES = (
     "adapter_model.pt",
 )
 """What the file with the tensors is called in a directory."""
+_NUMBERED = re.compile(r"\d{7}_adapters\.(safetensors|npz)|adapter_\d{1,6}\.(safetensors|bin|pt)")
+"""What mlx-lm and torchtune call the states of a run, which share one config."""
+_SUFFIXES = (".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 CONFIGS = ("adapter_config.json", "hyperparameters.yaml")
 """What lies beside it and says what they mean."""
 
@@ -46,6 +52,12 @@ def read_content(path: Path) -> Content:
     Raises:
         LorakitError: there is none, or it is damaged.
     """
+    if path.is_dir() and not any((path / name).is_file() for name in NAMES):
+        sharded = read_shards(path)
+        if sharded is not None:
+            config = path / CONFIGS[0]
+            given = read_json_object(config) if config.is_file() else None
+            return Content(path, sharded.first, sharded.tensors, {}, given, "safetensors")
     file = _file(path)
     path = file.parent if path.is_dir() else path
     container = _container(file)
@@ -73,6 +85,11 @@ def _file(path: Path) -> Path:
         if len(below) == 1:
             return _file(below[0])
         what = f"; {some([child.name for child in below])} in it do: name the one that is meant" if below else ""
+        others = [child.name for child in sorted(path.iterdir()) if child.suffix in _SUFFIXES]
+        if not below and others:
+            what = f"; it holds {some(others)}: name the one that is meant"
+        elif not below and (path / CONFIGS[0]).is_file():
+            what = f": its {CONFIGS[0]} lies there without the tensors; fetch them, too"
         raise LorakitError(f"{path} holds none of {', '.join(NAMES)}{what or '; name the file itself'}")
     if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
         raise LorakitError(f"{path} holds {' and '.join(file.name for file in found)}: name the one that is meant")
@@ -80,6 +97,7 @@ def _file(path: Path) -> Path:
 
 
 def _container(file: Path) -> Container:
+    check_fetched(file)
     try:
         with file.open("rb") as opened:
             start, size = opened.read(9), os.fstat(opened.fileno()).st_size
@@ -89,6 +107,8 @@ def _container(file: Path) -> Container:
         return "safetensors"  # the size of the header, which is JSON
     if start[:4] == b"GGUF":
         return "gguf"
+    if (text := as_text(file)) is not None:
+        raise LorakitError(f"{file} is a text, {text!r}, and holds no tensors: save or fetch it again")
     if start[:2] == b"PK":
         return "npz" if _members_are_arrays(file) else "torch"
     if start[:1] == b"\x80" or file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".lora"):
@@ -99,15 +119,20 @@ def _container(file: Path) -> Container:
 def _members_are_arrays(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
-            return all(name.endswith(".npy") for name in archive.namelist())
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise LorakitError(f"{file} is a damaged zip archive: {error}; save or fetch it again") from None
+    arrays = all(name.endswith(".npy") for name in names)
+    if not arrays and not any(name.endswith("data.pkl") for name in names):
+        raise LorakitError(f"{file} is a zip archive of {some(names)}: unpack it first, and name what was in it")
+    return arrays
 
 
 def _config(file: Path) -> Mapping[str, Any] | None:
     for name in CONFIGS:
         config = file.with_name(name)
-        if not config.is_file() or (file.name not in NAMES and not name.endswith(".yaml")):
+        known = file.name in NAMES or _NUMBERED.fullmatch(file.name) or name.endswith(".yaml")
+        if not config.is_file() or not known:
             continue
         return read_yaml(config) if name.endswith(".yaml") else read_json_object(config)
     return None

@@ -31,13 +31,21 @@ _NEW = re.compile(r"\.lora_[AB](\.default)?\.weight$")
 _PROCESSOR = re.compile(r"^(?:(.+)\.)?processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 _TEXT = re.compile(r"^(.+)\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_LANGUAGE = re.compile(
+    r"^(?!(?:text_encoders?(?:_[23])?|text_model|unet|diffusion_model|transformer_2|prior|controlnet)\.)"
+    r"(?!transformer\.(?!h\.|encoder\.layers\.))"  # the transformer of a pipeline, and not that of GPT-2 or ChatGLM
+    r"(?:.*\.)?(?:layers?|h)\.\d+\.(?:.*\.)?"
+    r"(?:[qkvo]_proj|(?:gate|up|down|gate_up|qkv)_proj|W_pack|Wqkv|w[qkvo]|c_attn|c_fc|query_key_value|query|value)"
+    r"\.lora_[AB](?:\.[^.]+)?\.weight$"
+)
+"""Layers of language models, which no pipeline of diffusers trains under bare names."""
 _OWN = ("weight", "bias", "scale")
 """What a parameter is called that is held as a whole, such as those of norms."""
 
 
 def family_of(content: Content) -> Family | None:
     """Which of the dotted families a file is of; None if it is none of them."""
-    if not is_plain(content) or any(key.startswith(PREFIX) for key in content.tensors):
+    if not is_plain(content) or any(PREFIX in key for key in content.tensors) or is_language(content):
         return None
     if is_kohya(content) or is_xlabs(content) or is_cloneofsimo(content):
         return None
@@ -49,6 +57,14 @@ def family_of(content: Content) -> Family | None:
     if dotted or (new and any(key.startswith("diffusion_model.") for key in keys)):
         return "comfyui"
     return "diffusers" if new else None
+
+
+def is_language(content: Content) -> bool:
+    """Whether these are factors of a language model, as PEFT calls them, that nothing says the scale of."""
+    if not is_plain(content) or METADATA in content.metadata:
+        return False
+    keys = content.tensors
+    return any(_LANGUAGE.match(key) for key in keys) and not any(key.endswith(".alpha") for key in keys)
 
 
 def split_key(key: str) -> tuple[str, str | None]:

@@ -31,6 +31,8 @@ from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full
 from lorakit.variants.checks import checked_number
 
+_LATER = ("fine_tune_type", "num_layers")
+"""Fields of configs (num_layers was lora_layers before) of versions that take the scale as it is, beside an alpha."""
 _ENDINGS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 
 
@@ -63,8 +65,9 @@ def read_mlx(content: Content, known: Known) -> Adapter:
 def _scale(content: Content, given: Mapping[str, Any], known: Known, problems: list[str]) -> float | None:
     """The factor before the product; None if the file does not say it."""
     raw = given.get("scale")
-    if raw is None or "alpha" in given:
-        # Versions of 2024 had both, and multiplied with scale·alpha/rank; later ones ignore alpha in the same config.
+    config = content.config or {}
+    if raw is None or ("alpha" in given and not any(name in config for name in _LATER)):
+        # Early versions multiplied with scale·alpha/rank; later ones have both in their configs, too, and use scale.
         return None
     if known.alpha is not None:
         problems.append(f"its config says its scale, {raw!r}: leave alpha= away")

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
+from lorakit.formats.dotted import is_language
 from lorakit.formats.form import Format, Known, Written, no_place
 from lorakit.formats.peft_keys import NAMING, Theirs, understood
 from lorakit.formats.peft_resolve import resolve_parameters
+from lorakit.formats.peft_tidy import tidied
 from lorakit.header import PREFIX, Header, parse_header
 from lorakit.native import CONFIG, TENSORS, finite, native_files
 from lorakit.peft.config import beyond_peft, peft_config, peft_disagreements
@@ -53,14 +55,17 @@ def native_header(content: Content) -> Header:
 
 def read_peft(content: Content, known: Known) -> Adapter:
     """What PEFT wrote."""
-    header, tensors, unresolved = _parts(content, known)
+    tidy = tidied(content.tensors, content.path)
+    header, tensors, unresolved = _parts(content._replace(tensors=tidy.tensors), known)
     missing = ("alpha",) if content.config is None and known.alpha is None else ()
-    naming = NAMING if unresolved else ""
-    return Adapter.of(header, tensors, str(content.path), format="peft", missing=missing, naming=naming)
+    more = {"naming": NAMING if unresolved else "", "left_out": tidy.left_out}
+    return Adapter.of(header, tensors, str(content.path), format="peft", missing=missing, **more)
 
 
 def peft_parts(content: Content, known: Known) -> tuple[Header, dict[str, Tensor]] | None:
-    """The header and the tensors of what PEFT wrote; None if the model must say first what some of them mean.
+    """The header and the tensors of what PEFT wrote.
+
+    None if there is more to say of them: what is left out, or what only the model gives a meaning.
 
     Raises:
         LorakitError: alpha is neither in the file nor given.
@@ -69,7 +74,10 @@ def peft_parts(content: Content, known: Known) -> tuple[Header, dict[str, Tensor
         raise LorakitError(
             f"{content.path} has no {CONFIG} beside it to say its alpha, and that is never guessed: give alpha=..."
         )
-    header, tensors, unresolved = _parts(content, known)
+    tidy = tidied(content.tensors, content.path)
+    if tidy.left_out:
+        return None
+    header, tensors, unresolved = _parts(content._replace(tensors=tidy.tensors), known)
     return None if unresolved else (header, tensors)
 
 
@@ -146,7 +154,7 @@ def _is_peft(content: Content) -> bool:
     if _is_native(content) or any(key.endswith(".lora_a.weight") for key in content.tensors):
         return False
     by_config = content.config is not None and "peft_type" in content.config
-    return by_config or any(key.startswith(PREFIX) for key in content.tensors)
+    return by_config or any(PREFIX in key for key in content.tensors) or is_language(content)
 
 
 LORAKIT = Format("lorakit", "this library's own", _is_native, read_native, write_native, native_parts, directory=True)

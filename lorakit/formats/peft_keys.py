@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.header import PREFIX, Header, WeightEntry, file_key
+from lorakit.patterns import some
 from lorakit.peft.checks import check_config
 from lorakit.peft.fields import header_from_peft, own_variant
 from lorakit.peft.layout import A_KEY, B_KEY, WRAPPED
-from lorakit.variants import AdaLoRA, Full
+from lorakit.variants import AdaLoRA, Full, Rows
 
 PARAMETER, ADDEND, BASE = "peft: parameter", "peft: addend", "peft: base"
 NAMING = "peft-parameters"
@@ -55,6 +56,7 @@ def understood(config: Mapping[str, Any], content: Mapping[str, Tensor], path: P
     bases = {key: tensors.pop(key) for key in list(tensors) if key.endswith(f"{WRAPPED}.weight")}
     header = header_from_peft(config, tensors, path, names)
     _check_whole_modules(config, header, path)
+    _check_targets(config, header, names, parameters, path)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in header.variant.shared_names}
     entries = [_reread(entry, names, parameters) for entry in header.weights]
     for key, tensor in addends.items():
@@ -166,4 +168,32 @@ def _check_whole_modules(config: Mapping[str, Any], header: Header, path: Path) 
     if len(gone) == len(named) and gone:
         raise LorakitError(
             f"{path}: modules_to_save names {', '.join(map(repr, gone))}, of which the file holds nothing"
+        )
+
+
+def _check_targets(
+    config: Mapping[str, Any], header: Header, names: Mapping[str, str], parameters: set[str], path: Path
+) -> None:
+    """Whether the config is of these tensors: PEFT makes factors for the layers it targets, and skips all others.
+
+    Of targets as a regular expression that is not asked: names are at times mapped when files are written.
+    """
+    targets = config.get("target_modules")
+    if not targets or isinstance(targets, str) or config.get("ensure_weight_tying"):
+        return
+    beyond = []
+    for entry in header.weights:
+        name = names.get(entry.path, entry.path)
+        ends = {name.split(".", i)[-1] for i in range(name.count(".") + 1)}
+        if (
+            not isinstance(header.variant_of(entry), Full | Rows)
+            and entry.path not in parameters
+            and ends.isdisjoint(targets)
+        ):
+            beyond.append(entry.path)
+    if beyond:
+        raise LorakitError(
+            f"{path}: its config targets {some(list(targets))}, and the tensors are also of {some(beyond)}: it is the "
+            "config of another adapter, whose alpha may be another. Put the right one there, or add these to "
+            "target_modules"
         )

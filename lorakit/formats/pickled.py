@@ -1,6 +1,7 @@
 """Files that `torch.save` wrote. Nothing in them is executed, and nothing in them is larger than they are."""
 
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 
+_WANTED = re.compile(r"(?:Unsupported (?:global|class): GLOBAL|Unsupported class) ([\w.]+)")
 _VIEWS = 4
 """How many times the file all tensors together may be: some share memory with others."""
 
@@ -29,8 +31,7 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # what torch has to say of strange protocols
             loaded: Any = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes are anybody's, and torch's unpickler lets every kind of error through
-        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LorakitError(f"{file} is damaged, or cannot be read without running code in it: {what[:300]}") from None
+        raise LorakitError(f"{file} is damaged, or cannot be read without running code in it: {_said(error)}") from None
     for key in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -41,6 +42,16 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
     tensors = {key: value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
     _check_tensors(file, tensors)
     return tensors
+
+
+def _said(error: Exception) -> str:
+    """What was wrong, without torch's advice to run the code after all."""
+    text = str(error).strip() or type(error).__name__
+    found = _WANTED.search(text)
+    if found is not None:
+        return f"it asks for {found[1]}, which is code. Load it where you trust it, and save its tensors as safetensors"
+    inner = text.partition("WeightsUnpickler error: ")[2] or text
+    return inner.splitlines()[0][:300] + "; save or fetch it again"
 
 
 def _check_size(file: Path) -> None:

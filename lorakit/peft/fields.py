@@ -25,6 +25,8 @@ UNDERSTOOD = {
     *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     *("lora_alpha", "lora_dropout", "use_rslora", "r"),
     *("target_parameters", "lora_bias"),  # what their tensors mean is told by their keys, and by a live model
+    *("corda_config", "loftq_config", "lora_ga_config"),  # of starts that init_lora_weights names, or has outlived
+    "merge_weights",  # of PEFT 0.2: whether eval() was to merge
 }
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
 """Layers that PEFT saves along as a whole where a vocabulary was enlarged, whatever its config says."""
@@ -32,6 +34,8 @@ _KEEPS_THE_BASE = ("gaussian", "eva", "orthogonal")
 PATTERNS = {"rank_pattern": ("r", "rank"), "alpha_pattern": ("lora_alpha", "alpha")}
 
 
+_READ = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA")
+"""The methods that are read, as PEFT calls them."""
 OURS_ALONE = "LORAKIT"
 """The peft_type of what PEFT has no words for: it then says so, where it would load a part without a word."""
 
@@ -56,7 +60,7 @@ def header_from_peft(
     except LorakitError as error:
         raise LorakitError(f"{path}: in its config, {error}") from None
     if not found:
-        raise LorakitError(f"{path}: peft_type is {config['peft_type']!r}; what can be read is {', '.join(VARIANTS)}")
+        raise LorakitError(f"{path}: peft_type is {config['peft_type']!r}; what can be read is {', '.join(_READ)}")
     (variant,) = found
     unread = [
         f"{key}={value!r}"

@@ -11,8 +11,12 @@ from torch import Tensor
 from lorakit.algebra.low_rank import concatenate, recompress
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, Header, WeightEntry, file_key
+from lorakit.patterns import some
 from lorakit.values.weight import AdapterWeight, incomplete
 from lorakit.variants import Full, Rows, Variant
+
+_MANY = 8
+"""Weights with one and the same problem that are listed one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +116,22 @@ def check(where: str, problems: Iterable[str]) -> None:
     Raises:
         LorakitError: there are.
     """
-    listed = "".join(f"\n  - {problem}" for problem in problems)
+    listed = "".join(f"\n  - {problem}" for problem in _grouped(problems))
     if listed:
         raise LorakitError(f"{where} is no adapter that can be used:{listed}")
+
+
+def _grouped(problems: Iterable[str]) -> list[str]:
+    """The same, with one line for all weights of which the same is said, if they are many."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for problem in problems:
+        name, colon, reason = problem.partition("': ")
+        groups.setdefault(reason if colon and name.startswith("'") else problem, []).append((name[1:], problem))
+    lines: list[str] = []
+    for reason, group in groups.items():
+        names = [name for name, _ in group]
+        lines += [f"{some(names)}: {reason}"] if len(group) > _MANY else [problem for _, problem in group]
+    return lines
 
 
 def check_known(adapter: Adapter) -> None:

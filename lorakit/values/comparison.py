@@ -31,7 +31,7 @@ class Comparison:
 
     weights: tuple[ComparedWeight, ...]
     only: tuple[tuple[str, ...], tuple[str, ...]]
-    """Weights that only the first changes, and only the second."""
+    """Weights that only the first changes, and only the second; factors whose product is zero change none."""
     unlike: tuple[str, ...]
     """Weights of both that cannot be compared, with the reason."""
 
@@ -66,7 +66,7 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     if a.naming != b.naming:
         raise LorakitError(
             f"{a.name!r} has names as {a.naming or 'a model'} has them, {b.name!r} as {b.naming or 'a model'}: give "
-            "both the model's names first"
+            "both the model's names first (renamed_for; --names on the command line)"
         )
     left = {weight.name: weight for weight in a.weights}
     right = {weight.name: weight for weight in b.weights}
@@ -78,8 +78,20 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
             found.append(_compared(name, mine, right[name]))
         except LorakitError as error:
             unlike.append(str(error))
-    only = tuple(n for n in left if n not in right), tuple(n for n in right if n not in left)
-    return Comparison(tuple(found), only, tuple(unlike))
+    only = tuple(
+        tuple(name for name, weight in mine.items() if name not in others and not has_no_effect(weight))
+        for mine, others in ((left, right), (right, left))
+    )
+    return Comparison(tuple(found), (only[0], only[1]), tuple(unlike))
+
+
+def has_no_effect(weight: AdapterWeight) -> bool:
+    """Whether its ΔW is known to be zero: some formats have factors for all layers of a kind, if for one."""
+    try:
+        factors = weight.product()
+    except LorakitError:
+        return False
+    return any(not bool(factor.count_nonzero()) for factor in factors)
 
 
 def _compared(name: str, mine: AdapterWeight, other: AdapterWeight) -> ComparedWeight:
