@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.common import check_output, reporting
-from lorakit.cli.options import Alpha, Energy, Error, Force, From, Heads, Part, Rank, To
+from lorakit.cli.common import check_output, reporting, write_adapter
+from lorakit.cli.options import Alpha, Energy, Error, Force, From, Heads, KvHeads, Part, Rank, To
 from lorakit.errors import LorakitError
 
 
@@ -25,16 +25,15 @@ def extract(
     Tensors are read one at a time. What is not captured is reported.
     """
     from lorakit.checkpoints.extracting import extract as extract_adapter
-    from lorakit.exchange import write
 
     if rank is None and energy is None and error is None:
         raise LorakitError("how much of the change? Give --rank, --energy or --error")
-    check_output(out, force)
+    check_output(out, force, base, tuned)
     with reporting("Extracting") as moved:
         adapter, report = extract_adapter(
             base, tuned, rank=rank, energy=energy, error=error, name=out.stem, progress=moved
         )
-    lost = write(adapter, out, to)
+    lost = write_adapter(adapter, out, to)
     typer.echo(str(report))
     for what in lost:
         typer.echo(f"not held by {to}: {what}")
@@ -55,6 +54,7 @@ def merge(
     alpha: Alpha = None,
     come_from: From = None,
     heads: Heads = None,
+    kv_heads: KvHeads = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the base's fingerprints.")] = True,
     force: Force = False,
 ) -> None:
@@ -63,9 +63,11 @@ def merge(
     from lorakit.exchange import read
     from lorakit.formats import Known, Names, resolved
 
-    check_output(out, force)
-    value = read(adapter, format=come_from, alpha=alpha, heads=heads)
-    value = resolved(value, Names.of_checkpoint(base), Known(heads=heads, part=part))
+    check_output(out, force, base, adapter)
+    value = read(adapter, format=come_from, alpha=alpha, heads=heads, kv_heads=kv_heads)
+    if part is not None and not value.naming:
+        raise LorakitError(f"{adapter} has the names of one model, and needs no part: leave it away")
+    value = resolved(value, Names.of_checkpoint(base), Known(heads=heads, kv_heads=kv_heads, part=part))
     with reporting("Merging") as moved:
         report = merge_checkpoint(
             base,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.common import check_output
+from lorakit.cli.common import check_output, counted, write_adapter
 from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, parse_enabled
 
 
@@ -31,20 +31,20 @@ def convert(
     Outputs of a model do not change: what the format cannot hold and outputs depend on is an error that lists all of
     it. Names that a file has flattened or numbered are found again in those of the model (--names).
     """
-    from lorakit.exchange import read, write
-    from lorakit.formats import Known, Names, form_named, resolved
+    from lorakit.formats import Known, Names, form_named, read_adapter, resolved
 
-    form_named(to)
-    check_output(out, force)
-    adapter = read(
-        source, format=come_from, alpha=alpha, enabled=parse_enabled(enabled), heads=heads, kv_heads=kv_heads
-    )
-    if adapter.naming and (names is not None or part is not None or (heads is not None and adapter.format != to)):
-        known = Known(heads=heads, kv_heads=kv_heads, part=part)
-        adapter = resolved(adapter, Names({}) if names is None else names_in(names), known)
-    lost = write(adapter, out, to, portable=portable, heads=heads, kv_heads=kv_heads, part=part, arch=arch)
+    wanted = form_named(to)
+    check_output(out, force, source)
+    known = Known(alpha, parse_enabled(enabled), heads, kv_heads, part, arch)
+    adapter = read_adapter(source, come_from, known, elsewhere=wanted.asks)
+    given = part is not None or (heads is not None and adapter.format != to)
+    if names is not None or (adapter.naming and given):
+        model = Names({}) if names is None else names_in(names)
+        adapter = resolved(adapter, model, Known(heads=heads, kv_heads=kv_heads, part=part))
+    asked = {name: getattr(known, name) for name in wanted.asks}
+    lost = write_adapter(adapter, out, to, portable=portable, **asked)
     typer.echo(
-        f"{source} ({adapter.format}) → {out} ({to}): {len(adapter.weights)} weights, {adapter.parameters:,} numbers"
+        f"{source} ({adapter.format}) → {out} ({to}): {counted(len(adapter.weights), 'weight')}, {adapter.parameters:,} numbers"
     )
     for what in adapter.left_out:
         typer.echo(f"left out: {what}")

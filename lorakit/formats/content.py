@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lorakit.errors import LorakitError
+from lorakit.checkpoints.shards import read_shard
+from lorakit.errors import LorakitError, UnknownFormatError
 from lorakit.formats.archive import read_npz
 from lorakit.formats.gguf_file import read_gguf
 from lorakit.formats.pickled import read_pickled
@@ -62,6 +64,28 @@ def read_content(path: Path) -> Content:
     return Content(path, file, tensors, metadata, _config(file), container)
 
 
+def read_outline(path: Path) -> Content | None:
+    """The same from the header alone, tensors without values; None of what is no safetensors file in order.
+
+    A checkpoint may be larger than any memory, and its keys say already that it is no adapter.
+
+    Raises:
+        LorakitError: there is no such file.
+    """
+    file = _file(path)
+    path = file.parent if path.is_dir() else path
+    if _container(file) != "safetensors":
+        return None
+    try:
+        shard = read_shard(file)
+    except LorakitError:
+        return None  # whoever reads the values says what is wrong
+    tensors = {
+        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in shard.tensors.items()
+    }
+    return Content(path, file, tensors, shard.metadata, _config(file), "safetensors")
+
+
 def _file(path: Path) -> Path:
     if not path.exists():
         raise LorakitError(f"{path} does not exist; check the path")
@@ -73,7 +97,7 @@ def _file(path: Path) -> Path:
         if len(below) == 1:
             return _file(below[0])
         what = f"; {some([child.name for child in below])} in it do: name the one that is meant" if below else ""
-        raise LorakitError(f"{path} holds none of {', '.join(NAMES)}{what or '; name the file itself'}")
+        raise UnknownFormatError(f"{path} holds none of {', '.join(NAMES)}{what or '; name the file itself'}")
     if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
         raise LorakitError(f"{path} holds {' and '.join(file.name for file in found)}: name the one that is meant")
     return found[0]
