@@ -93,19 +93,20 @@ def write(
 
     Raises:
         LorakitError: the format cannot hold something that outputs depend on: all of it in one error; or the path
-            cannot be written.
+            cannot be written; or something is given that the format has no use for.
     """
-    from lorakit.formats import Known, form_named
+    from lorakit.formats import Known, check_needed, form_named
 
-    form = form_named(format)
+    form, given = form_named(format), Known(**known)
     if form.write is None:
         raise LorakitError(f"{format} is read, not written")
+    check_needed(f"writing {format}", given, form.asks)
     check_known(adapter)
     notes: tuple[str, ...] = ()
     if portable:
         from lorakit.values.portable import portable as one_scale
 
         adapter, notes = one_scale(adapter)
-    written = form.write(adapter, Known(**known))
+    written = form.write(adapter, given)
     write_files(written.files, path, form.suffixes)
     return written.lost + notes

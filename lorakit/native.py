@@ -5,13 +5,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.header import Header
 from lorakit.peft.config import peft_config
 from lorakit.peft.layout import to_peft
+from lorakit.safe import in_order
 from lorakit.storage import all_finite, write_directory, write_whole
 
 TENSORS = "adapter_model.safetensors"
@@ -26,7 +26,7 @@ def native_files(header: Header, tensors: Mapping[str, Tensor], model: nn.Module
     """
     tensors = finite(header.name, tensors)
     laid_out = to_peft(header, tensors)
-    content: bytes = to_safetensors(laid_out, metadata={"format": "pt", "lorakit": header.to_json()})
+    content = in_order(laid_out, metadata={"format": "pt", "lorakit": header.to_json()})
     config = json.dumps(peft_config(header, tensors, model), indent=2).encode()
     return {TENSORS: content, CONFIG: config}
 

@@ -1,4 +1,4 @@
-"""Safetensors files of floats, read straight into memory that torch allocates: nothing is copied a second time.
+"""Safetensors files of floats, read straight into memory that torch allocates, and written alike every time.
 
 A file is eight bytes (the size of the header, little-endian), the header (JSON: each tensor's dtype, shape and place)
 and the tensors, one after the other.
@@ -7,6 +7,7 @@ and the tensors, one after the other.
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,22 @@ def _layout(header: dict[str, Any], size: int) -> list[tuple[str, list[int], tor
             return None
         reached = end
     return [each[2:] for each in found] if reached == size else None
+
+
+def in_order(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A file of these tensors, of at least 16 bits each: the same content makes the same bytes.
+
+    The library writes metadata in another order each time. Larger dtypes come first, so that all are aligned.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    parts, end = [], 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        memory = (flat.view(torch.int16) if flat.dtype is torch.bfloat16 else flat).numpy().tobytes()
+        begin, end = end, end + len(memory)
+        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        parts.append(memory)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])

@@ -37,6 +37,11 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
+def arch(form: str) -> list[str]:
+    """What a format is told that has names of its own for an architecture."""
+    return ["--arch", "llama"] if form in ("gguf", "torchtune") else []
+
+
 def ours(request, tmp_path_factory) -> tuple[nn.Module, Path, torch.Tensor]:
     """A Llama, its directory with an adapter of it beside, and its outputs with that."""
     folder = tmp_path_factory.mktemp("pairs")
@@ -74,15 +79,16 @@ def test_from_each_format_to_each(ours, first, tmp_path):
     model, folder, expected = ours
     source = tmp_path / f"{first}{SUFFIXES[first]}"
     heads = ["--heads", 4, "--kv-heads", 2] if first in ("litgpt", "torchtune", "gguf") else []
-    arch = ["--arch", "llama"]
     part = ["--part", "transformer"]
-    told = lorakit("convert", folder / "ours", source, "--to", first, *heads, *arch, *(part if first in IMAGE else []))
+    told = lorakit(
+        "convert", folder / "ours", source, "--to", first, *heads, *arch(first), *(part if first in IMAGE else [])
+    )
     alpha = ["--alpha", alpha_in(told)] if first == "loralib" else []
     names = ["--names", folder / "model"]
     for then, suffix in SUFFIXES.items():
         out = tmp_path / f"{first}-{then}{suffix}"
         parts = part if first in IMAGE or then in IMAGE else []
-        told = lorakit("convert", source, out, "--to", then, *alpha, *names, *arch, *parts)
+        told = lorakit("convert", source, out, "--to", then, *alpha, *names, *arch(then), *parts)
         said = alpha_in(told) if then == "loralib" else None
         compared = lorakit("compare", folder / "ours", out, *names, *(["--alpha", said] if said else []))
         assert "the same adapter" in compared, compared
@@ -97,7 +103,7 @@ def test_merging_takes_the_heads_from_the_base(ours, form, tmp_path):
     model, folder, expected = ours
     source = tmp_path / f"{form}{SUFFIXES[form]}"
     heads = [] if form == "peft" else ["--heads", 4, "--kv-heads", 2]
-    lorakit("convert", folder / "ours", source, "--to", form, *heads, "--arch", "llama")
+    lorakit("convert", folder / "ours", source, "--to", form, *heads, *arch(form))
     lorakit("merge", folder / "model", source, tmp_path / "merged")
     live = copy.deepcopy(model)
     live.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"), strict=False)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from helpers import attached, refused
 from models import mlp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.safe import in_order
 from lorakit.values.inspection import inspect
 
 
@@ -236,3 +238,23 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "adapter_model.safetensors").mkdir()
     both(tmp_path, str(tmp_path))
     both(Path("/dev/null"), "/dev/null")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "é": "ü\n", "b": "{}"}])
+def test_what_is_written_is_what_the_library_reads(metadata, tmp_path):
+    tensors = {
+        "b": torch.randn(3, 2),
+        "a": torch.randn(5).double(),
+        "ünïcode": torch.randn(2, 2, 2).half(),
+        "c": torch.randn(3).bfloat16(),
+        "t": torch.randn(4, 3).t(),
+        "scalar": torch.tensor(2.5),
+    }
+    content = in_order(tensors, metadata)
+    assert content == in_order(dict(reversed(tensors.items())), dict(reversed((metadata or {}).items())))
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata() == metadata
+        assert set(opened.keys()) == set(tensors)
+        for key, tensor in tensors.items():
+            assert torch.equal(opened.get_tensor(key), tensor) and opened.get_tensor(key).dtype == tensor.dtype

@@ -55,6 +55,9 @@ def rewrite(
     out = Path(os.path.abspath(out))
     if out.suffix == ".safetensors" and (len(base.parts) > 1 or base.folder is not None):
         raise LorakitError(f"{base.where} is a directory, and {out} the name of a file: name a directory")
+    own = base.folder or next((stored.file for stored in base.tensors.values() if stored.file is not None), None)
+    if own is not None and out.resolve() in own.resolve().parents:
+        raise LorakitError(f"{out} holds {base.where}, which it would take the place of: name another place")
     left_out: list[str] = []
     done = 0
     with staged(out, force=force) as beside:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.common import check_output, reporting
+from lorakit.cli.common import check_output, reporting, write_adapter
 from lorakit.cli.options import Alpha, Enabled, Energy, Error, Force, From, Heads, KvHeads, Part, Rank, To, read_with
 from lorakit.errors import LorakitError
 
@@ -25,16 +25,15 @@ def extract(
     Tensors are read one at a time. What is not captured is reported.
     """
     from lorakit.checkpoints.extracting import extract as extract_adapter
-    from lorakit.exchange import write
 
     if rank is None and energy is None and error is None:
         raise LorakitError("how much of the change? Give --rank, --energy or --error")
-    check_output(out, force)
+    check_output(out, force, base, tuned)
     with reporting("Extracting") as moved:
         adapter, report = extract_adapter(
             base, tuned, rank=rank, energy=energy, error=error, name=out.stem, progress=moved
         )
-    lost = write(adapter, out, to)
+    lost = write_adapter(adapter, out, to)
     typer.echo(str(report))
     for what in lost:
         typer.echo(f"not held by {to}: {what}")
@@ -64,10 +63,13 @@ def merge(
     from lorakit.checkpoints.merging import merge_checkpoint
     from lorakit.formats import Known, Names, resolved, with_heads
 
-    check_output(out, force)
+    check_output(out, force, base, adapter)
     names = Names.of_checkpoint(base)
     known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), names.config)
-    value = resolved(read_with(adapter, come_from, alpha, enabled, known), names, known)
+    value = read_with(adapter, come_from, alpha, enabled, known)
+    if part is not None and not value.naming:
+        raise LorakitError(f"{adapter} has the names of one model, and needs no part: leave it away")
+    value = resolved(value, names, known)
     with reporting("Merging") as moved:
         report = merge_checkpoint(
             base,

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.common import check_output
-from lorakit.cli.options import Alpha, Energy, Error, Force, From, Rank, To, read_weighted
+from lorakit.cli.common import check_output, write_adapter
+from lorakit.cli.options import Alpha, Energy, Error, Force, From, Rank, To, read_weighted, weighted_path
 from lorakit.errors import LorakitError
 
 
@@ -35,7 +35,6 @@ def combine(
     force: Force = False,
 ) -> None:
     """Add adapters up: ΔW = Σ weight·ΔW, exactly, or at the best smaller rank."""
-    from lorakit.exchange import write
     from lorakit.values.adapter import weighted_sum
     from lorakit.values.arithmetic import dare, ties
     from lorakit.values.arithmetic import resize as resized
@@ -44,8 +43,9 @@ def combine(
     if not inputs:
         raise LorakitError("combine needs an adapter and an output: lorakit combine a=0.5 b=0.5 OUT")
     out = Path(last)
-    check_output(out, force)
-    weighted = read_weighted(inputs, alpha)
+    named = [weighted_path(text) for text in inputs]
+    check_output(out, force, *(path for path, _ in named))
+    weighted = read_weighted(named, alpha)
     if method is Method.sum:
         total = weighted_sum(weighted, name=out.stem)
         total, report = resized(total, rank=rank, energy=energy, error=error)
@@ -53,7 +53,7 @@ def combine(
         total, report = ties(weighted, density=density, rank=rank, energy=energy, error=error, name=out.stem)
     else:
         total, report = dare(weighted, density=density, seed=seed, rank=rank, energy=energy, error=error, name=out.stem)
-    _finish(report, write(total, out, to), out)
+    _finish(report, write_adapter(total, out, to), out)
 
 
 def resize(
@@ -68,14 +68,14 @@ def resize(
     force: Force = False,
 ) -> None:
     """Give an adapter smaller ranks: for each weight the nearest ΔW of that rank, and the error that leaves."""
-    from lorakit.exchange import read, write
+    from lorakit.exchange import read
     from lorakit.values.arithmetic import resize as resized
 
     if rank is None and energy is None and error is None:
         raise LorakitError("to what size? Give --rank, --energy or --error")
-    check_output(out, force)
+    check_output(out, force, source)
     adapter, report = resized(read(source, format=come_from, alpha=alpha), rank=rank, energy=energy, error=error)
-    _finish(report, write(adapter, out, to), out)
+    _finish(report, write_adapter(adapter, out, to), out)
 
 
 def _finish(report: object, lost: tuple[str, ...], out: Path) -> None:

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from lorakit.values.adapter import Adapter
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bad: Sequence[str] = ()) -> None:
@@ -56,14 +58,70 @@ def reporting(label: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, name: bar.update(task, completed=done, total=total)
 
 
-def check_output(path: Path, force: bool) -> None:
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf", ".lora")
+"""What files of adapters and checkpoints end in."""
+
+
+def check_output(path: Path, force: bool, *inputs: str | os.PathLike[str]) -> None:
     """Whether an output may be written there.
 
     Raises:
-        LorakitError: something is there, and replacing it was not asked for.
+        LorakitError: something is there, and replacing it was not asked for, or it is no adapter and no checkpoint; or
+            it is an input, holds one or lies in one.
     """
     if os.path.lexists(path) and not force:
         raise LorakitError(f"{path} is there already, and is left as it is; --force replaces it")
+    if not path.name:
+        raise LorakitError(f"cannot write to {str(path)!r}: name a file or a directory")
+    real = path.resolve()
+    for given in map(Path, inputs):
+        source = given.resolve()
+        if source == real:
+            raise LorakitError(f"{path} is an input too: name another place to write to")
+        if real in source.parents or source in real.parents:
+            how = "lies in" if source in real.parents else "holds"
+            raise LorakitError(f"{path} {how} the input {given}: name another place to write to")
+    if path.is_dir() and not path.is_symlink():
+        _check_replaceable(path, real)
+
+
+def _check_replaceable(path: Path, real: Path) -> None:
+    """A directory is replaced as a whole: a mistyped name must not take a home directory away.
+
+    Raises:
+        LorakitError: it is one that no command here has written.
+    """
+    try:
+        entries = list(path.iterdir())
+    except OSError as error:
+        raise LorakitError(f"cannot write {path}: {error.strerror or error}") from None
+    below = sorted(entry.name for entry in entries if entry.is_dir())
+    what = None
+    if real == Path.cwd() or real in Path.cwd().parents:
+        what = "is the directory you are in, or holds it"
+    elif below:
+        what = f"holds directories, {below[0]!r} the first"
+    elif entries and not any(entry.name.endswith(_WEIGHTS) for entry in entries):
+        what = "holds no adapter and no checkpoint"
+    if what is not None:
+        raise LorakitError(f"{path} {what}, and is not replaced: name another place, or take it away yourself")
+
+
+def write_adapter(adapter: "Adapter", out: Path, to: str, *, portable: bool = False, **asked: Any) -> tuple[str, ...]:
+    """`lorakit.write`, in the place of what is there: all of a directory, so that no file of an older adapter is left.
+
+    Raises:
+        LorakitError: the format cannot hold it, or it cannot be written.
+    """
+    from lorakit.checkpoints.staged import staged
+    from lorakit.exchange import write
+
+    out = Path(os.path.abspath(out))
+    with staged(out, force=True) as beside:
+        try:
+            return write(adapter, beside / out.name, to, portable=portable, **asked)
+        except LorakitError as error:
+            raise LorakitError(str(error).replace(str(beside / out.name), str(out))) from None
 
 
 def counted(n: int, noun: str) -> str:

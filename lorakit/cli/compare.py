@@ -13,6 +13,7 @@ from lorakit.cli.options import Alpha, Enabled, Heads, KvHeads, NamesFrom, Part,
 if TYPE_CHECKING:
     from lorakit.formats import Known, Names
     from lorakit.values.adapter import Adapter
+    from lorakit.values.comparison import Comparison
 
 COLUMNS = ("weight", "‖ΔW‖ of A", "of B", "distance", "cosine", "φ in", "φ out")
 EXPLANATION = """\
@@ -49,7 +50,7 @@ def compare(
     shared = _shared(left, right)
     if as_json:
         weights = [{**asdict(w), "overlap": shared.get(w.name)} for w in found.weights]
-        rest = {"only_a": found.only[0], "only_b": found.only[1], "unlike": found.unlike}
+        rest = {"only_a": found.only[0], "only_b": found.only[1], "unlike": found.unlike, "equal": found.equal}
         typer.echo(json.dumps({"same": found.same, "distance": found.distance, **rest, "weights": weights}, indent=2))
         return
     typer.echo(f"A: {a} ({left.format}), {counted(len(left.weights), 'weight')}")
@@ -61,9 +62,17 @@ def compare(
     if rows:
         show_table(COLUMNS, rows)
         typer.echo("")
+    _show_rest(found, left, right, part)
+    typer.echo(EXPLANATION)
+
+
+def _show_rest(found: "Comparison", left: "Adapter", right: "Adapter", part: str | None) -> None:
+    """What the table does not have, and the verdict."""
     for which, only in zip("AB", found.only, strict=True):
         if only:
             typer.echo(f"only {which} changes {', '.join(map(printable, only))}")
+    if found.equal:
+        typer.echo(f"no products of factors, and the same in both: {', '.join(map(printable, found.equal))}")
     for problem in found.unlike:
         typer.echo(f"not compared: {printable(problem)}")
     left_out = [("A", what) for what in left.left_out] + [("B", what) for what in right.left_out]
@@ -73,7 +82,6 @@ def compare(
     if found.same and left_out and part is None:
         verdict += ", but for what was not compared"
     typer.echo(f"{verdict}: distance {found.distance:.3g} over {counted(len(found.weights), 'weight')} of both\n")
-    typer.echo(EXPLANATION)
 
 
 def _named_alike(both: "list[Adapter]", names: "Names | None", known: "Known") -> "tuple[Adapter, Adapter]":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.common import check_output
+from lorakit.cli.common import check_output, counted, write_adapter
 from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, read_with
 from lorakit.errors import LorakitError
 
@@ -32,23 +32,24 @@ def convert(
     Outputs of a model do not change: what the format cannot hold and outputs depend on is an error that lists all of
     it. Names that a file has flattened or numbered are found again in those of the model (--names).
     """
-    from lorakit.exchange import write
     from lorakit.formats import FORMATS, Known, Names, form_named, resolved, with_heads
 
     target = form_named(to)
-    check_output(out, force)
+    check_output(out, force, source)
     model = None if names is None else names_in(names)
-    known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), {} if model is None else model.config)
+    config = {} if model is None else model.config
+    known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part, arch=arch), config)
     adapter = read_with(source, come_from, alpha, enabled, known)
-    if heads is not None and "heads" not in (*FORMATS[adapter.format].takes, *target.takes):
+    if heads is not None and "heads" not in (*FORMATS[adapter.format].takes, *target.takes, *target.asks):
         raise LorakitError(f"neither {adapter.format} nor {to} needs --heads: leave it away")
-    if adapter.naming and (names is not None or part is not None or (heads is not None and adapter.format != to)):
+    if arch is not None and "arch" not in target.asks:
+        raise LorakitError(f"{to} needs no arch: leave --arch away")
+    if model is not None or (adapter.naming and (part is not None or (heads is not None and adapter.format != to))):
         adapter = resolved(adapter, Names({}) if model is None else model, known)
-    own = {name: value for name, value in vars(known).items() if name in ("heads", "kv_heads", "part")}
-    lost = write(adapter, out, to, portable=portable, arch=arch, **own)
-    typer.echo(
-        f"{source} ({adapter.format}) → {out} ({to}): {len(adapter.weights)} weights, {adapter.parameters:,} numbers"
-    )
+    asked = {name: getattr(known, name) for name in target.asks}
+    lost = write_adapter(adapter, out, to, portable=portable, **asked)
+    size = f"{counted(len(adapter.weights), 'weight')}, {adapter.parameters:,} numbers"
+    typer.echo(f"{source} ({adapter.format}) → {out} ({to}): {size}")
     for what in adapter.left_out:
         typer.echo(f"left out: {what}")
     for what in lost:

@@ -8,7 +8,7 @@ import typer
 
 from lorakit.cli.common import counted, natural_order, printable, show_table
 from lorakit.cli.options import Alpha, Enabled, From, parse_enabled
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, UnknownFormatError
 
 if TYPE_CHECKING:
     from lorakit.values.inspection import InspectedWeight, Inspection
@@ -31,7 +31,10 @@ def inspect(
         Path | None, typer.Option(metavar="PICTURE", help="Draw the spectra in this file, a .png say.")
     ] = None,
 ) -> None:
-    """Say what is in an adapter: format, base, ranks, scales, norms and spectra, and what is wrong with it."""
+    """Say what is in an adapter: format, base, ranks, scales, norms and spectra, and what is wrong with it.
+
+    Of a checkpoint: the shape, dtype and norm of each tensor, read one at a time.
+    """
     from lorakit.cli.svd_plot import check_plot
     from lorakit.exchange import read
     from lorakit.values.inspection import inspect as inspected
@@ -40,13 +43,38 @@ def inspect(
         raise LorakitError(f"--energy {energy:g} must be above 0 and at most 1")
     if plot is not None:
         check_plot(plot)
-    found = inspected(read(path, format=come_from, alpha=alpha, enabled=parse_enabled(enabled)))
+    try:
+        adapter = read(path, format=come_from, alpha=alpha, enabled=parse_enabled(enabled))
+    except UnknownFormatError as error:
+        for_adapters = {"--alpha": alpha, "--enabled": enabled, "--plot": plot}
+        _inspect_other(path, error, [option for option, value in for_adapters.items() if value is not None], as_json)
+        return
+    found = inspected(adapter)
     if as_json:
         typer.echo(json.dumps(found.to_json(energy), indent=2))
     else:
         _show(path, found, energy)
     if plot is not None:
         _draw(plot, path, found, quiet=as_json)
+
+
+def _inspect_other(path: Path, error: UnknownFormatError, needless: list[str], as_json: bool) -> None:
+    """What is no adapter, as a checkpoint if it is one.
+
+    Raises:
+        LorakitError: it is none either; or options were given that say nothing of a checkpoint.
+    """
+    from lorakit.checkpoints.opening import open_checkpoint
+    from lorakit.cli.inspect_checkpoint import inspect_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(path)
+    except LorakitError as other:
+        raise LorakitError(f"{error}\nand no checkpoint either: {other}") from None
+    if needless:
+        draw = "; lorakit svd draws the spectra of its weights" if "--plot" in needless else ""
+        raise LorakitError(f"{path} is a checkpoint and no adapter: leave {' and '.join(needless)} away{draw}")
+    inspect_checkpoint(path, checkpoint, str(error), as_json)
 
 
 def _show(path: Path, found: "Inspection", energy: float) -> None:

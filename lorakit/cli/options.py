@@ -1,5 +1,6 @@
 """Options that several commands take, and the adapters that they name."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -91,23 +92,31 @@ def read_lacking(paths: Sequence[Path], **given: Any) -> "list[Adapter]":
     return found
 
 
-def read_weighted(paths: Sequence[str], alpha: float | None) -> "list[tuple[Adapter, float]]":
-    """The adapters that "PATH" or "PATH=WEIGHT" name, each with its weight.
+def weighted_path(text: str) -> tuple[str, float]:
+    """The path and the weight of "PATH" or "PATH=WEIGHT"; a path that is there may have "=" in it.
+
+    Raises:
+        LorakitError: the weight is no finite number.
+    """
+    path, sign, weight = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return text, 1.0
+    try:
+        factor = float(weight)
+    except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor) or not path:
+        raise LorakitError(f"{text!r}: {weight!r} is no finite number; give PATH=WEIGHT, or PATH for a weight of 1")
+    return path, factor
+
+
+def read_weighted(named: Sequence[tuple[str, float]], alpha: float | None) -> "list[tuple[Adapter, float]]":
+    """The adapters at these paths, each with its weight.
 
     Raises:
         LorakitError: one cannot be read.
     """
-    named = []
-    for text in paths:
-        path, sign, weight = text.rpartition("=")
-        try:
-            factor = float(weight) if sign and not Path(text).exists() else None
-        except ValueError:
-            raise LorakitError(
-                f"{text!r}: {weight!r} is no number; give PATH=WEIGHT, or PATH for a weight of 1"
-            ) from None
-        named.append((Path(text if factor is None else path), 1.0 if factor is None else factor))
-    adapters = read_lacking([path for path, _ in named], alpha=alpha)
+    adapters = read_lacking([Path(path) for path, _ in named], alpha=alpha)
     return [(adapter, factor) for adapter, (_, factor) in zip(adapters, named, strict=True)]
 
 

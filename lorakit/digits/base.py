@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lorakit.digits.data import Dataset
 from lorakit.digits.network import BATCH, DigitNet, predict, score, shuffled, train
 from lorakit.errors import LorakitError
+from lorakit.safe import in_order
 from lorakit.storage import read_tensors, write_whole
 
 
@@ -58,7 +58,7 @@ def pretrain(path: Path, data: Dataset, seed: int, step: Callable[[], None]) -> 
     best.restore()
     seconds = time.perf_counter() - start
     tensors = {name: tensor.detach() for name, tensor in net.state_dict().items()}
-    write_whole(path, to_safetensors(tensors, metadata={**_origin(data, seed), "seconds": f"{seconds:.3f}"}))
+    write_whole(path, in_order(tensors, metadata={**_origin(data, seed), "seconds": f"{seconds:.3f}"}))
     return Base(net, path, False, seconds)
 
 

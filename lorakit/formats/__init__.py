@@ -3,13 +3,14 @@
 A file's format is found from its keys. What a format does not hold (alpha, say) is asked for, never guessed.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, UnknownFormatError
 from lorakit.formats.cloneofsimo import CLONEOFSIMO
-from lorakit.formats.content import Content, read_content
+from lorakit.formats.content import Content, read_content, read_outline
 from lorakit.formats.diffusers import COMFYUI, DIFFUSERS, DIFFUSERS_OLD
-from lorakit.formats.form import Format, Known, Written
+from lorakit.formats.form import Format, Known, Written, check_needed
 from lorakit.formats.gguf import GGUF
 from lorakit.formats.kohya import KOHYA
 from lorakit.formats.litgpt_write import LITGPT
@@ -33,7 +34,8 @@ def format_of(content: Content) -> Format:
     """The format of a file, by its keys.
 
     Raises:
-        LorakitError: it is none that is known here.
+        UnknownFormatError: it is none that is known here.
+        LorakitError: it may be one of several.
     """
     found = [each for each in FORMATS.values() if each.recognises(content)]
     if len(found) == 1:
@@ -41,7 +43,7 @@ def format_of(content: Content) -> Format:
     keys = some(list(content.tensors))
     if found:
         raise LorakitError(f"{content.file} looks like {' and '.join(each.name for each in found)}: say format=...")
-    raise LorakitError(f"{content.file} is of no adapter format that is known here; its keys are {keys}")
+    raise UnknownFormatError(f"{content.file} is of no adapter format that is known here; its keys are {keys}")
 
 
 def form_named(name: str) -> Format:
@@ -55,27 +57,30 @@ def form_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def content_of(path: Path, format: str | None, known: Known) -> tuple[Content, Format]:
-    """What lies in a file or directory, and its format.
+def content_of(path: Path, format: str | None, known: Known, elsewhere: Collection[str] = ()) -> tuple[Content, Format]:
+    """What lies in a file or directory, and its format; `elsewhere` are the fields of `known` that others need.
 
     Raises:
         LorakitError: it is damaged, of no format that is known here, or something was given that it holds itself.
     """
+    if format is None and (outline := read_outline(path)) is not None:
+        format_of(outline)  # before a value is read
     content = read_content(path)
     form = format_of(content) if format is None else form_named(format)
-    needless = [name for name, value in vars(known).items() if value is not None and name not in form.takes]
-    if needless:
-        raise LorakitError(f"{content.path} is of {form.name}, which needs no {', '.join(needless)}: leave it away")
+    check_needed(f"{content.path} is of {form.name}, which", known, (*form.takes, *elsewhere))
     return content, form
 
 
-def read_adapter(path: Path, format: str | None, known: Known) -> Adapter:
+def read_adapter(path: Path, format: str | None, known: Known, elsewhere: Collection[str] = ()) -> Adapter:
     """The adapter in a file or directory, with the names that it has there.
 
+    Of `known` it may be given what it holds itself or has no use for, if it is said to be needed `elsewhere`.
+
     Raises:
-        LorakitError: it is damaged, or of no format that is known here.
+        UnknownFormatError: there is none of a format that is known here.
+        LorakitError: it is damaged.
     """
-    content, form = content_of(path, format, known)
+    content, form = content_of(path, format, known, elsewhere)
     return form.read(content, known)
 
 
@@ -100,6 +105,7 @@ __all__ = [
     "Known",
     "Names",
     "Written",
+    "check_needed",
     "content_of",
     "form_named",
     "format_of",

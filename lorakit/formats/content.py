@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lorakit.errors import LorakitError
+from lorakit.checkpoints.shards import read_shard
+from lorakit.errors import LorakitError, UnknownFormatError
 from lorakit.formats.archive import read_npz
 from lorakit.formats.gguf_file import read_gguf
 from lorakit.formats.pickled import read_pickled
-from lorakit.formats.sharded import read_shards
+from lorakit.formats.sharded import is_sharded, read_shards
 from lorakit.mistaken import as_text, check_fetched
 from lorakit.patterns import some
 from lorakit.storage import read_json_object, read_tensors
@@ -74,6 +76,30 @@ def read_content(path: Path) -> Content:
     return Content(path, file, tensors, metadata, _config(file), container)
 
 
+def read_outline(path: Path) -> Content | None:
+    """The same from the header alone, tensors without values; None of what is no safetensors file in order.
+
+    A checkpoint may be larger than any memory, and its keys say already that it is no adapter.
+
+    Raises:
+        LorakitError: there is no such file.
+    """
+    if path.is_dir() and is_sharded(path):
+        return None
+    file = _file(path)
+    path = file.parent if path.is_dir() else path
+    if _container(file) != "safetensors":
+        return None
+    try:
+        shard = read_shard(file)
+    except LorakitError:
+        return None  # whoever reads the values says what is wrong
+    tensors = {
+        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in shard.tensors.items()
+    }
+    return Content(path, file, tensors, shard.metadata, _config(file), "safetensors")
+
+
 def _file(path: Path) -> Path:
     if not path.exists():
         raise LorakitError(f"{path} does not exist; check the path")
@@ -90,7 +116,7 @@ def _file(path: Path) -> Path:
             what = f"; it holds {some(others)}: name the one that is meant"
         elif not below and (path / CONFIGS[0]).is_file():
             what = f": its {CONFIGS[0]} lies there without the tensors; fetch them, too"
-        raise LorakitError(f"{path} holds none of {', '.join(NAMES)}{what or '; name the file itself'}")
+        raise UnknownFormatError(f"{path} holds none of {', '.join(NAMES)}{what or '; name the file itself'}")
     if len(found) > 1 and found[0].stem != found[1].stem:  # .bin beside .safetensors is the same, kept for old readers
         raise LorakitError(f"{path} holds {' and '.join(file.name for file in found)}: name the one that is meant")
     return found[0]
@@ -108,7 +134,7 @@ def _container(file: Path) -> Container:
     if start[:4] == b"GGUF":
         return "gguf"
     if (text := as_text(file)) is not None:
-        raise LorakitError(f"{file} is a text, {text!r}, and holds no tensors: save or fetch it again")
+        raise UnknownFormatError(f"{file} is a text, {text!r}, and holds no tensors: save or fetch it again")
     if start[:2] == b"PK":
         return "npz" if _members_are_arrays(file) else "torch"
     if start[:1] == b"\x80" or file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".lora"):

@@ -173,7 +173,9 @@ def _form(family: Family, title: str) -> Format:
     def write(adapter: Adapter, known: Known) -> Written:
         return write_dotted(adapter, known, family)
 
-    return Format(family, title, _recognises(family), read, write, takes=("part",), resolve={"diffusers": resolve})
+    return Format(
+        family, title, _recognises(family), read, write, takes=("part",), asks=("part",), resolve={"diffusers": resolve}
+    )
 
 
 DIFFUSERS = _form("diffusers", "diffusers")

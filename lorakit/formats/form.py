@@ -1,6 +1,6 @@
 """What a format is: how its files are recognised, read and written, and how its names become a model's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -70,12 +70,25 @@ class Format:
     of a file whose names are not those of a model's layers, after all."""
     takes: tuple[str, ...] = ()
     """Which fields of `Known` a file of this format may lack, and is read with; other ones are an error."""
+    asks: tuple[str, ...] = ()
+    """Which fields of `Known` its writer may need; other ones are an error."""
     suffixes: tuple[str, ...] = (".safetensors",)
     """What a path ends in that is written as one file."""
     directory: bool = False
     """Whether it is a directory of several files."""
     resolve: Mapping[str, Callable[[Adapter, Names, Known], Adapter]] = field(default_factory=dict)
     """How adapters of a naming get the names of a model's layers, for each `Adapter.naming` that `read` gives."""
+
+
+def check_needed(what: str, known: Known, needed: Collection[str]) -> None:
+    """Whether all that was given is of use.
+
+    Raises:
+        LorakitError: something would be ignored.
+    """
+    needless = [name for name, value in vars(known).items() if value is not None and name not in needed]
+    if needless:
+        raise LorakitError(f"{what} needs no {', '.join(needless)}: leave it away")
 
 
 def no_place(name: str, problems: list[str]) -> None:

@@ -224,6 +224,7 @@ GGUF = Format(
     read_gguf_adapter,
     write_gguf,
     takes=("heads", "kv_heads", "arch"),
+    asks=("heads", "kv_heads", "arch"),
     suffixes=(".gguf",),
     resolve={"gguf": resolve_gguf},
 )

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.safe import in_order
 from lorakit.storage import all_finite
 from lorakit.values.adapter import Adapter
 from lorakit.values.weight import AdapterWeight
@@ -132,5 +132,5 @@ def safetensors_of(
         raise LorakitError(f"{name!r} is not written: NaN or infinity in {', '.join(bad)}")
     # each with memory of its own: identity matrices and tied factors may share it
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    content: bytes = to_safetensors(own, metadata={"format": "pt", **metadata})
+    content = in_order(own, metadata={"format": "pt", **metadata})
     return {file: content}

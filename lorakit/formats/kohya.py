@@ -167,5 +167,12 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 
 KOHYA = Format(
-    "kohya", "sd-scripts, LyCORIS and OneTrainer", is_kohya, read, write, takes=("part",), resolve={"kohya": resolve}
+    "kohya",
+    "sd-scripts, LyCORIS and OneTrainer",
+    is_kohya,
+    read,
+    write,
+    takes=("part",),
+    asks=("part",),
+    resolve={"kohya": resolve},
 )

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
@@ -26,6 +25,7 @@ from lorakit.formats.factors import (
 )
 from lorakit.formats.form import Format, Known, Written, no_place
 from lorakit.formats.names import Names, checked
+from lorakit.safe import in_order
 from lorakit.values.adapter import Adapter
 from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full
@@ -190,7 +190,7 @@ def write_mlx(adapter: Adapter, known: Known) -> Written:
             "keys": list(dict.fromkeys(_key(each.path) for each in factors)),
         },
     }
-    content: bytes = to_safetensors({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()})
+    content = in_order({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()})
     files = {"adapters.safetensors": content, "adapter_config.json": json.dumps(config, indent=2).encode()}
     return Written(files, tuple(lost))
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lorakit.errors import LorakitError
@@ -22,6 +21,7 @@ from lorakit.native import CONFIG, TENSORS, finite, native_files
 from lorakit.peft.config import beyond_peft, peft_config, peft_disagreements
 from lorakit.peft.fields import header_from_peft
 from lorakit.peft.layout import from_peft, to_peft
+from lorakit.safe import in_order
 from lorakit.values.adapter import Adapter
 from lorakit.variants import LoRA
 
@@ -108,7 +108,7 @@ def write_peft(adapter: Adapter, known: Known) -> Written:
     checked = finite(header.name, tensors)
     return Written(
         {
-            TENSORS: to_safetensors(to_peft(header, checked), metadata={"format": "pt"}),
+            TENSORS: in_order(to_peft(header, checked), metadata={"format": "pt"}),
             CONFIG: json.dumps(peft_config(header, checked), indent=2).encode(),
         },
         ("fingerprints of the base, and how each weight was adapted",),

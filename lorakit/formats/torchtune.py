@@ -187,6 +187,7 @@ TORCHTUNE = Format(
     read_torchtune,
     write_torchtune,
     takes=("alpha", "heads", "kv_heads"),
+    asks=("heads", "kv_heads", "arch"),
     suffixes=(),
     directory=True,
     resolve={"torchtune": resolve_torchtune},

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lorakit.algebra.low_rank import Pair, concatenate, singular_values
@@ -10,6 +11,7 @@ from lorakit.errors import LorakitError
 from lorakit.tables import table
 from lorakit.values.adapter import Adapter, check_known
 from lorakit.values.weight import AdapterWeight
+from lorakit.variants import Full
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Comparison:
     """Weights that only the first changes, and only the second; factors whose product is zero change none."""
     unlike: tuple[str, ...]
     """Weights of both that cannot be compared, with the reason."""
+    equal: tuple[str, ...] = ()
+    """Weights of both that are no products of factors (whole ones, DoRA), and the same tensor for tensor."""
 
     @property
     def distance(self) -> float:
@@ -70,9 +74,12 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
         )
     left = {weight.name: weight for weight in a.weights}
     right = {weight.name: weight for weight in b.weights}
-    found, unlike = [], []
+    found, unlike, equal = [], [], []
     for name, mine in left.items():
         if name not in right:
+            continue
+        if _is_equal(mine, right[name]):
+            equal.append(name)
             continue
         try:
             found.append(_compared(name, mine, right[name]))
@@ -82,7 +89,18 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
         tuple(name for name, weight in mine.items() if name not in others and not has_no_effect(weight))
         for mine, others in ((left, right), (right, left))
     )
-    return Comparison(tuple(found), (only[0], only[1]), tuple(unlike))
+    return Comparison(tuple(found), (only[0], only[1]), tuple(unlike), tuple(equal))
+
+
+def _is_equal(mine: AdapterWeight, other: AdapterWeight) -> bool:
+    """Whether two updates that are no products are one and the same; whole weights may be of two dtypes."""
+    if mine.variant.product(mine.tensors, 1) is not None or type(mine.variant) is not type(other.variant):
+        return False
+    if not isinstance(mine.variant, Full) and mine.variant != other.variant:
+        return False
+    return mine.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(tensor, other.tensors[name].to(tensor.dtype)) for name, tensor in mine.tensors.items()
+    )
 
 
 def has_no_effect(weight: AdapterWeight) -> bool:
