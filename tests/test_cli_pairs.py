@@ -36,12 +36,12 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
 def arch(form: str) -> list[str]:
     """What a format is told that has names of its own for an architecture."""
     return ["--arch", "llama"] if form in ("gguf", "torchtune") else []
 
 
+@pytest.fixture(scope="module", params=VARIANTS)
 def ours(request, tmp_path_factory) -> tuple[nn.Module, Path, torch.Tensor]:
     """A Llama, its directory with an adapter of it beside, and its outputs with that."""
     folder = tmp_path_factory.mktemp("pairs")
