@@ -17,8 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.header import Header, WeightEntry
 from lorakit.safe import in_order
+from lorakit.values.adapter import Adapter
 from lorakit.values.inspection import inspect
+from lorakit.values.weight import AdapterWeight
 
 
 @pytest.fixture
@@ -258,3 +261,27 @@ def test_what_is_written_is_what_the_library_reads(metadata, tmp_path):
         assert set(opened.keys()) == set(tensors)
         for key, tensor in tensors.items():
             assert torch.equal(opened.get_tensor(key), tensor) and opened.get_tensor(key).dtype == tensor.dtype
+
+
+def test_a_message_steers_no_terminal_and_ends():
+    assert str(lk.LorakitError("a\x1b[31m\r\0\u202eb\nc é")) == "a\\x1b[31m\\r\\x00\\u202eb\nc é"
+    assert len(str(lk.LorakitError("x" * 10**6))) < 20_000
+
+
+def test_without_a_config_whole_modules_are_read_too(adapter):
+    """And what cannot be computed is not: stacks of two sizes, a product beyond any number."""
+    (adapter / "adapter_config.json").unlink()
+    score = {"base_model.model.score.weight": torch.randn(3, 5)}
+    save_file({A: torch.randn(2, 6), B: torch.randn(5, 2), **score}, adapter / "adapter_model.safetensors")
+    found = lk.read(adapter, alpha=4)
+    assert [weight.name for weight in found.weights] == ["0.weight", "score.weight"]
+    entry = WeightEntry("w", "stack", None, None, None, None, kind="Parameter")
+    stack = {"A": torch.randn(2, 1, 4), "B": torch.randn(3, 3, 1)}
+    header = Header("x", lk.LoRA(1), (entry,))
+    keys = {f"base_model.model.w.stack.lora_{name}.weight": tensor for name, tensor in stack.items()}
+    with told("two sizes"):
+        Adapter.of(header, keys, "here")
+    huge = AdapterWeight(
+        entry._replace(kind=None), lk.LoRA(1, alpha=1e300), {"A": torch.ones(1, 4), "B": torch.ones(3, 1)}
+    )
+    assert inspect(Adapter("x", huge.variant, (huge,))).broken == ("w.stack",)

@@ -23,7 +23,7 @@ from lorakit.peft.fields import header_from_peft
 from lorakit.peft.layout import from_peft, to_peft
 from lorakit.safe import in_order
 from lorakit.values.adapter import Adapter
-from lorakit.variants import LoRA
+from lorakit.variants import DoRA, LoRA
 
 
 def read_native(content: Content, known: Known) -> Adapter:
@@ -135,11 +135,14 @@ def _without_config(tensors: Mapping[str, Tensor], known: Known, path: Path) -> 
     alpha = known.alpha or common
     # What is no factor can only be modules that were saved as a whole, or biases.
     config: dict[str, Any] = {"peft_type": "LORA", "r": common, "lora_alpha": alpha, "bias": "all"}
+    config["use_dora"] = any(key.endswith(".lora_magnitude_vector") for key in tensors)
     header = header_from_peft(config, tensors, path)
-    assert isinstance(header.variant, LoRA)
+    assert isinstance(header.variant, LoRA | DoRA)
     own = {name: replace(header.variant, rank=rank, alpha=known.alpha or rank) for name, rank in ranks.items()}
     entries = tuple(
-        entry if own[entry.path] == header.variant else entry._replace(variant=own[entry.path])
+        entry._replace(variant=own[entry.path])
+        if entry.variant is None and own.get(entry.path, header.variant) != header.variant
+        else entry
         for entry in header.weights
     )
     return replace(header, weights=entries)

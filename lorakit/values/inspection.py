@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lorakit.algebra import Spectrum
 from lorakit.algebra.low_rank import singular_values
+from lorakit.errors import LorakitError
 from lorakit.values.adapter import Adapter
 from lorakit.values.weight import AdapterWeight
-from lorakit.variants import Full, Rows
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,18 @@ def inspect(adapter: Adapter) -> Inspection:
 def _inspected(weight: AdapterWeight, known: bool) -> InspectedWeight:
     tensors, variant = weight.tensors, weight.variant
     finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-    product = None
-    if not isinstance(variant, Full | Rows) and variant.product(tensors, 2 if weight.stacked else 1) is not None:
+    try:
         product = weight.product()
+    except LorakitError:  # a method whose ΔW is none, or what only a live model can tell
+        product = None
     size = tuple(next(iter(tensors.values())).shape)
     values: tuple[float, ...] | None = None
     state = "" if finite else "not finite"
     if product is not None:
         B, A = product
         size = (*B.shape[:-1], A.shape[-1])
+        finite = finite and all(bool(factor.isfinite().all()) for factor in product)  # the scale is in it
+        state = "" if finite else "not finite"
         if finite:
             values = _spectrum(B, A)
             state = "zero" if not any(values) else ""

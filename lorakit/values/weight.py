@@ -105,6 +105,11 @@ def incomplete(weight: AdapterWeight) -> str | None:
         return f"{weight.name!r}: {shapes}: a factor is no matrix"
     if weight.entry.kind in UNRESOLVED:
         return None if A.shape[0] == B.shape[1] else f"{weight.name!r}: {shapes} are no two factors of one rank"
+    if inner == 2 and A.shape[0] != B.shape[0]:
+        return f"{weight.name!r}: {shapes} are of stacks of two sizes"
     if not A.shape[inner - 1] == B.shape[inner] == rank:
         return f"{weight.name!r}: {shapes} are no two factors of rank {rank}"
+    E = weight.tensors.get("E")
+    if E is not None and E.shape != (*A.shape[: inner - 1], rank, 1):
+        return f"{weight.name!r}: {shapes} and E {tuple(E.shape)} are no decomposition of rank {rank}"
     return None

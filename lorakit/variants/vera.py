@@ -123,7 +123,7 @@ class SharedFactorsUpdate(FactoredUpdate):
             raise LorakitError(f"a weight of {self._d}×{self._k} has no room in shared matrices of sizes={spec.sizes}")
         self._a_shape, self._b_shape = kind.factor_shapes(weight, spec.rank)
         dtype = accumulation_dtype(weight.dtype)
-        self.d = nn.Parameter(torch.full((*stack, spec.rank), spec.d_initial, dtype=dtype, device=weight.device))
+        self.d = nn.Parameter(torch.full((*stack, spec.rank), float(spec.d_initial), dtype=dtype, device=weight.device))
         self.b = nn.Parameter(torch.zeros((*stack, self._d), dtype=dtype, device=weight.device))
         for name in "AB":
             self.register_buffer(name, None, persistent=False)
