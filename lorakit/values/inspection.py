@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,12 +120,13 @@ def inspect(adapter: Adapter) -> Inspection:
     for weight in adapter.weights:
         for tensor in weight.tensors.values():
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    base = adapter.facts.get("peft", {}).get("base_model_name_or_path") or adapter.facts.get("base")
+    peft = adapter.facts.get("peft")  # which whoever wrote the file may have made anything
+    base = peft.get("base_model_name_or_path") if isinstance(peft, Mapping) else None
     known = "alpha" not in adapter.missing
     return Inspection(
         adapter.name,
         adapter.format,
-        base,
+        base if isinstance(base, str) else None,
         str(adapter.variant) if known else type(adapter.variant).__name__,
         adapter.missing,
         adapter.left_out,

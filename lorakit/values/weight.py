@@ -96,6 +96,11 @@ def incomplete(weight: AdapterWeight) -> str | None:
             return f"{weight.name!r}: {name} is of dtype {tensor.dtype}; floats of 16 bits or more are needed"
         if not tensor.numel():
             return f"{weight.name!r}: {name} of shape {tuple(tensor.shape)} is empty"
+    return _misfit(weight)
+
+
+def _misfit(weight: AdapterWeight) -> str | None:
+    """What is wrong with the shapes of two factors, if it has two."""
     A, B = weight.tensors.get("A"), weight.tensors.get("B")
     if A is None or B is None:
         return None
