@@ -1,10 +1,12 @@
-# make demo: the digits experiment · make test: the tests · make slow: those on gigabytes · make check: lint and types · make tables: the README's table
+# make demo: the digits experiment · make test: the tests · make slow: those on gigabytes · make check: lint and types
+# make tables: the README's table
+# make fuzz: damaged files on every reader, for SECONDS=600
 # make bench: what adapters cost, against the floor and other libraries (ONLY="switch llama" for some, DEVICE=cuda)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow check tables bench clean
+.PHONY: demo test slow fuzz check tables bench clean
 
 demo: .venv/digits.stamp
 	$(BIN)/lorakit digits --out runs/digits
@@ -14,6 +16,9 @@ test: .venv/dev.stamp
 
 slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -q -s -m slow
+
+fuzz: .venv/fuzz.stamp
+	$(BIN)/python -m fuzz -max_total_time=$(or $(SECONDS),600)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -34,6 +39,10 @@ clean:
 
 .venv/digits.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) -e '.[digits]'
+	touch $@
+
+.venv/fuzz.stamp: .venv/dev.stamp
+	$(INSTALL) -e '.[dev,fuzz]'
 	touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python

@@ -1,6 +1,8 @@
 """Run the fuzzer: `python -m fuzz [options of libFuzzer]`; inputs that broke something are left in fuzz/found/."""
 
+import random
 import sys
+import warnings
 from pathlib import Path
 
 import atheris
@@ -8,9 +10,11 @@ import atheris
 with atheris.instrument_imports(include=["lorakit"]):
     import lorakit
     import lorakit.formats  # noqa: F401
+    from fuzz.mutate import mutate
     from fuzz.readers import try_one
     from fuzz.seeds import seeds
 
+warnings.simplefilter("ignore")
 HERE = Path(__file__).parent
 
 
@@ -21,9 +25,18 @@ def main() -> None:
     found.mkdir(exist_ok=True)
     for name, data in seeds().items():
         (corpus / name).write_bytes(data)
-    options = [f"-artifact_prefix={found}/", "-timeout=20", "-rss_limit_mb=3000", "-max_len=16384"]
-    atheris.Setup([sys.argv[0], *options, *sys.argv[1:], str(corpus)], lambda data: void(try_one(data)))
+    options = [f"-artifact_prefix={found}/", "-timeout=20", "-rss_limit_mb=3000", "-max_len=65536"]
+    arguments = [sys.argv[0], *options, *sys.argv[1:], str(corpus)]
+    atheris.Setup(arguments, lambda data: void(try_one(data)), custom_mutator=damaged)
     atheris.Fuzz()
+
+
+def damaged(data: bytes, most: int, seed: int) -> bytes:
+    """Another input: damaged so that it is still a file of its kind, or byte by byte, as libFuzzer does it."""
+    chosen = random.Random(seed)
+    if chosen.random() < 0.3:
+        return bytes(atheris.Mutate(data, most))
+    return mutate(data, chosen)[:most]
 
 
 def void(_: object) -> None:
