@@ -17,7 +17,20 @@ from fuzz.readers import pack, unpack
 
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 2**64, 10**30, -(2**40), 0.0, -0.0, 0.5, 1e300, 1e-300),
-    *(float("nan"), float("inf"), "", "2", "lora", "weight", "../../x", "/dev/zero", "a\nb", "\x1b[31m", "\0", "é\u202e"),
+    *(
+        float("nan"),
+        float("inf"),
+        "",
+        "2",
+        "lora",
+        "weight",
+        "../../x",
+        "/dev/zero",
+        "a\nb",
+        "\x1b[31m",
+        "\0",
+        "é\u202e",
+    ),
     *([], {}, [[]], [None], {"": None}, ["unet.0"], {"unet.0": 1}, [1, 2], "x" * 3000, [0] * 300, "(a+)+", "LORA"),
 )
 WORDS = ("unet.0", "unet.1", "words", "experts", "experts.up", "weight", "bias", "lora_A", "lora_B", "alpha", "", "0")
@@ -158,7 +171,7 @@ def _torch(content: bytes, r: random.Random) -> bytes:
         if what < 0.05:
             loaded[key] = r.choice([*ODD, {"a": loaded[key]}, torch.Size([1]), loaded[key].to_sparse()])
         elif what < 0.1:
-            loaded[key] = loaded[key].reshape(-1)[:1].expand(10**r.randrange(8), 2)
+            loaded[key] = loaded[key].reshape(-1)[:1].expand(10 ** r.randrange(8), 2)
         elif what < 0.15:
             loaded = {r.choice(["model", "state_dict"]): loaded}
         elif what < 0.2:
@@ -181,7 +194,13 @@ def _npz(content: bytes, r: random.Random) -> bytes:
     name = r.choice(list(arrays))
     if r.random() < 0.3:
         arrays[name] = r.choice(
-            [np.array(["a"]), np.asfortranarray(arrays[name]), arrays[name].astype(">f4"), np.ones(2, "c8"), np.ones(3, "O")]
+            [
+                np.array(["a"]),
+                np.asfortranarray(arrays[name]),
+                arrays[name].astype(">f4"),
+                np.ones(2, "c8"),
+                np.ones(3, "O"),
+            ]
         )
     stream = io.BytesIO()
     r.choice([np.savez, np.savez_compressed])(stream, **arrays)  # type: ignore[operator]
@@ -193,7 +212,11 @@ def _gguf(content: bytes, r: random.Random) -> bytes:
 
     if r.random() < 0.5:  # numbers of the header
         at = r.randrange(min(len(content), 600))
-        return content[:at] + r.choice([b"\xff" * 8, bytes(8), b"\2", b"\xff", struct.pack("<Q", 2**40)]) + content[at + 8 :]
+        return (
+            content[:at]
+            + r.choice([b"\xff" * 8, bytes(8), b"\2", b"\xff", struct.pack("<Q", 2**40)])
+            + content[at + 8 :]
+        )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a.gguf").write_bytes(content)
         tensors, metadata = read_gguf(Path(folder) / "a.gguf")
@@ -213,8 +236,18 @@ def _yaml(content: bytes, r: random.Random) -> bytes:
     lines = content.decode().splitlines() or [""]
     at = r.randrange(len(lines))
     key = lines[at].partition(":")[0]
-    odd = [repr(odd) for odd in ODD] + ["&a [*a]", "!!python/object:os.system x", "2026-01-01", "[*b]", "|", "~", ".nan"]
-    lines[at] = r.choice([f"{key}: {r.choice(odd)}", "", f"{_name(key, [key], r)}: 1", f"? {key}", f"{lines[at]}\n{lines[at]}"])
+    odd = [repr(odd) for odd in ODD] + [
+        "&a [*a]",
+        "!!python/object:os.system x",
+        "2026-01-01",
+        "[*b]",
+        "|",
+        "~",
+        ".nan",
+    ]
+    lines[at] = r.choice(
+        [f"{key}: {r.choice(odd)}", "", f"{_name(key, [key], r)}: 1", f"? {key}", f"{lines[at]}\n{lines[at]}"]
+    )
     return "\n".join(lines).encode()
 
 

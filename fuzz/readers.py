@@ -98,7 +98,7 @@ def check_message(error: lk.LorakitError) -> None:
     """A person can read it: it is no flood, and nothing in it acts on a terminal."""
     text = str(error)
     assert len(text) < 30_000, f"an error of {len(text)} characters"
-    assert all(c.isprintable() or c in "\n" for c in text), f"control characters: {ascii(text[:2000])}"
+    assert all(c.isprintable() or c in "\n" for c in text), f"control characters: {text[:2000]!a}"
 
 
 def _use(adapter: lk.Adapter, path: Path) -> None:

@@ -102,7 +102,10 @@ def _read_only() -> dict[str, dict[str, bytes]]:
         "xlabs": {FILES[0]: to_safetensors(_pair(f"{flux}.down.weight", f"{flux}.up.weight"))},
         "mlx-npz": {"adapters.npz": stream.getvalue(), "adapter_config.json": json.dumps(mlx).encode()},
         "npz-alone": {"adapters.npz": stream.getvalue()},
-        "peft-patterns": {FILES[0]: to_safetensors(peft), "adapter_config.json": json.dumps(config | patterns).encode()},
+        "peft-patterns": {
+            FILES[0]: to_safetensors(peft),
+            "adapter_config.json": json.dumps(config | patterns).encode(),
+        },
         "peft-parameters": {FILES[0]: to_safetensors(stacked), "adapter_config.json": json.dumps(parameters).encode()},
         "peft-bias": {
             FILES[0]: to_safetensors(bias),

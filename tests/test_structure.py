@@ -14,8 +14,8 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables", "untouched", "safe"},
-    {"untrusted"},
+    {"errors", "untouched", "safe"},
+    {"tables", "untrusted"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},

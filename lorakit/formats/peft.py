@@ -131,7 +131,7 @@ def _without_config(tensors: Mapping[str, Tensor], known: Known, path: Path) -> 
     assert isinstance(header.variant, LoRA)
     own = {name: replace(header.variant, rank=rank, alpha=known.alpha or rank) for name, rank in ranks.items()}
     entries = tuple(
-        entry if own[entry.path] == header.variant else entry._replace(variant=own[entry.path])
+        entry if own.get(entry.path, header.variant) == header.variant else entry._replace(variant=own[entry.path])
         for entry in header.weights
     )
     return replace(header, weights=entries)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +11,13 @@ from torch import Tensor
 
 from lorakit.algebra import Spectrum
 from lorakit.algebra.low_rank import singular_values
+from lorakit.errors import printable
 from lorakit.values.adapter import Adapter
-from lorakit.values.weight import AdapterWeight
+from lorakit.values.weight import UNRESOLVED, AdapterWeight
 from lorakit.variants import Full, Rows
+
+_LONGEST = 300
+"""Characters of the base's name, which a file may have of any length."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,13 @@ def inspect(adapter: Adapter) -> Inspection:
     for weight in adapter.weights:
         for tensor in weight.tensors.values():
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    base = adapter.facts.get("peft", {}).get("base_model_name_or_path") or adapter.facts.get("base")
+    theirs = adapter.facts.get("peft")
+    base = (theirs.get("base_model_name_or_path") if isinstance(theirs, Mapping) else None) or adapter.facts.get("base")
     known = "alpha" not in adapter.missing
     return Inspection(
         adapter.name,
         adapter.format,
-        base,
+        printable(base[:_LONGEST]) if isinstance(base, str) else None,
         str(adapter.variant) if known else type(adapter.variant).__name__,
         adapter.missing,
         adapter.left_out,
@@ -137,7 +143,8 @@ def _inspected(weight: AdapterWeight, known: bool) -> InspectedWeight:
     tensors, variant = weight.tensors, weight.variant
     finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     product = None
-    if not isinstance(variant, Full | Rows) and variant.product(tensors, 2 if weight.stacked else 1) is not None:
+    known_here = not isinstance(variant, Full | Rows) and weight.entry.kind not in UNRESOLVED
+    if known_here and variant.product(tensors, 2 if weight.stacked else 1) is not None:
         product = weight.product()
     size = tuple(next(iter(tensors.values())).shape)
     values: tuple[float, ...] | None = None
