@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lorakit.change import add
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, printable
 from lorakit.fingerprint import whole
 from lorakit.header import Header, WeightEntry, file_key
 from lorakit.layers import parts_of
@@ -29,6 +29,8 @@ from lorakit.values.adapter import Adapter, check_known
 from lorakit.variants.low_rank import checked_rank
 
 Verify = Literal["sample", "full", "off"]
+_MOST, _LONGEST = 40, 300
+"""Of what a warning names, and characters of each."""
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -182,5 +184,7 @@ def load(
         plan, additions = pad(plan, additions, checked_rank(rank))
     add(root, name, plan.variant, additions, trainable=trainable)
     if adapter is not None and adapter.left_out:
-        warnings.warn(f"{where} holds what is no part of the adapter: {', '.join(adapter.left_out)}", stacklevel=2)
+        shown = printable(", ".join(what[:_LONGEST] for what in adapter.left_out[:_MOST]))
+        more = f" and {len(adapter.left_out) - _MOST} more" if len(adapter.left_out) > _MOST else ""
+        warnings.warn(f"{where} holds what is no part of the adapter: {shown}{more}", stacklevel=2)
     return plan

@@ -98,7 +98,7 @@ def _read_slowly(content: bytes) -> Content:
     size = int.from_bytes(content[:8], "little")  # of the header, which was found to be in order
     # Copied: alignment could change how a product rounds.
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
-    return copies, json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    return copies, json.loads(content[8 : 8 + size]).get("__metadata__") or {}
 
 
 def all_finite(tensor: Tensor) -> bool:

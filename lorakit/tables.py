@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from lorakit.errors import printable
+
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
     """Rows under their headers; the columns named in `right` are aligned to the right."""
-    lines = [list(headers), *map(list, rows)]
+    lines = [list(headers), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
     return "\n".join(
         "  ".join(

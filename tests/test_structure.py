@@ -14,8 +14,8 @@ PACKAGE = Path(lorakit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    {"errors", "tables", "untouched", "safe"},
-    {"untrusted", "mistaken"},
+    {"errors", "untouched", "safe"},
+    {"tables", "untrusted", "mistaken"},
     {"layers", "algebra"},
     {"variants"},
     {"state", "storage", "fingerprint"},

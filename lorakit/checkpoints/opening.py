@@ -19,6 +19,8 @@ from lorakit.storage import read_json_object
 TORCH = (".pt", ".pth", ".bin")
 _FIRST = ("model", "diffusion_pytorch_model", "pytorch_model")
 """The names that transformers and diffusers look for, in this order."""
+_LONGEST = 200
+"""Characters of a shard's name: systems have none longer, and say so by an error of their own."""
 
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Checkpoint
@@ -105,7 +107,9 @@ def _open_index(path: Path) -> Checkpoint:
     if not isinstance(weight_map, dict) or not weight_map:
         raise LorakitError(f"{path} has no weight_map; save the model again")
     problems, files = [], []
-    for name in dict.fromkeys(str(file) for file in weight_map.values()):
+    odd = [name for name, file in weight_map.items() if not isinstance(file, str) or len(file) > _LONGEST]
+    check(os.fspath(path), [f"{name!r} is in what is no name of a file" for name in odd], weight_map)
+    for name in dict.fromkeys(weight_map.values()):
         if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
             problems.append(f"it names the file {name!r}, which is not in its directory")
         elif not (path.parent / name).is_file():

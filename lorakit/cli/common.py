@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError
+from lorakit.errors import printable as printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,7 +38,9 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bad: Seque
         grid.add_column(column, justify="right", no_wrap=True)
     for name, *cells in rows:
         style = "red" if any(word in cells for word in bad) else ""
-        grid.add_row(Text(name), *map(Text, cells), style=style)  # as Text: brackets in a name are no markup
+        grid.add_row(
+            *(Text(printable(cell)) for cell in (name, *cells)), style=style
+        )  # as Text: brackets in a name are no markup
     Console().print(grid)
 
 
@@ -132,8 +135,3 @@ def counted(n: int, noun: str) -> str:
 def natural_order(name: str) -> str:
     """A key that sorts layers.2 before layers.10."""
     return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
-
-
-def printable(name: str) -> str:
-    """The name on one line, with control characters written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

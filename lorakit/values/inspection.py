@@ -11,9 +11,12 @@ from torch import Tensor
 
 from lorakit.algebra import Spectrum
 from lorakit.algebra.low_rank import singular_values
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, printable
 from lorakit.values.adapter import Adapter
 from lorakit.values.weight import AdapterWeight
+
+_LONGEST = 300
+"""Characters of the base's name, which a file may have of any length."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def inspect(adapter: Adapter) -> Inspection:
     return Inspection(
         adapter.name,
         adapter.format,
-        base if isinstance(base, str) else None,
+        printable(base[:_LONGEST]) if isinstance(base, str) else None,
         str(adapter.variant) if known else type(adapter.variant).__name__,
         adapter.missing,
         adapter.left_out,

@@ -1,5 +1,6 @@
 """One weight of an adapter as a value: its entry, its variant and its tensors."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def _misfit(weight: AdapterWeight) -> str | None:
         return None if A.shape[0] == B.shape[1] else f"{weight.name!r}: {shapes} are no two factors of one rank"
     if inner == 2 and A.shape[0] != B.shape[0]:
         return f"{weight.name!r}: {shapes} are of stacks of two sizes"
-    if not A.shape[inner - 1] == B.shape[inner] == rank:
+    if not A.shape[inner - 1] == B.shape[inner] == rank or math.prod(B.shape[inner + 1 :]) != 1:
         return f"{weight.name!r}: {shapes} are no two factors of rank {rank}"
     E = weight.tensors.get("E")
     if E is not None and E.shape != (*A.shape[: inner - 1], rank, 1):
