@@ -1,10 +1,12 @@
 # make demo: the digits experiment · make test: the tests · make slow: those on gigabytes · make check: lint and types · make tables: the README's table
+# make fuzz: damaged files on every reader, for SECONDS=600; what breaks one is left in fuzz/found
 # make bench: what adapters cost, against the floor and other libraries (ONLY="switch llama" for some, DEVICE=cuda)
 PYTHON ?= python3
+SECONDS ?= 600
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow check tables bench clean
+.PHONY: demo test slow check tables bench fuzz clean
 
 demo: .venv/digits.stamp
 	$(BIN)/lorakit digits --out runs/digits
@@ -26,6 +28,9 @@ tables: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY)) $(if $(DEVICE),--device $(DEVICE))
 
+fuzz: .venv/fuzz.stamp
+	$(BIN)/python -m fuzz -max_total_time=$(SECONDS)
+
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
 
@@ -38,4 +43,8 @@ clean:
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+.venv/fuzz.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e '.[formats,fuzz]'
 	touch $@

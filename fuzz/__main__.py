@@ -1,5 +1,9 @@
-"""Run the fuzzer: `python -m fuzz [options of libFuzzer]`; inputs that broke something are left in fuzz/found/."""
+"""Run the fuzzer: `python -m fuzz [options of libFuzzer]`; inputs that broke something are left in fuzz/found/.
 
+Most inputs are damaged by what knows their format, the others byte by byte, and what reaches new code is kept.
+"""
+
+import random
 import sys
 from pathlib import Path
 
@@ -8,10 +12,12 @@ import atheris
 with atheris.instrument_imports(include=["lorakit"]):
     import lorakit
     import lorakit.formats  # noqa: F401
+    from fuzz.mutate import mutate
     from fuzz.readers import try_one
     from fuzz.seeds import seeds
 
 HERE = Path(__file__).parent
+_BY_BYTES = 0.2
 
 
 def main() -> None:
@@ -21,13 +27,22 @@ def main() -> None:
     found.mkdir(exist_ok=True)
     for name, data in seeds().items():
         (corpus / name).write_bytes(data)
-    options = [f"-artifact_prefix={found}/", "-timeout=20", "-rss_limit_mb=3000", "-max_len=16384"]
-    atheris.Setup([sys.argv[0], *options, *sys.argv[1:], str(corpus)], lambda data: void(try_one(data)))
+    options = [f"-artifact_prefix={found}/", "-timeout=20", "-rss_limit_mb=3000", "-max_len=32768"]
+    arguments = [sys.argv[0], *options, *sys.argv[1:], str(corpus)]
+    atheris.Setup(arguments, run, custom_mutator=damaged)
     atheris.Fuzz()
 
 
-def void(_: object) -> None:
+def run(data: bytes) -> None:
     """LibFuzzer wants nothing back."""
+    try_one(data)
+
+
+def damaged(data: bytes, most: int, seed: int) -> bytes:
+    """Another input from this one, of at most so many bytes."""
+    chosen = random.Random(seed)
+    found = data if chosen.random() < _BY_BYTES else mutate(data, chosen)
+    return bytes(atheris.Mutate(data, most)) if found == data or len(found) > most else found
 
 
 if __name__ == "__main__":
