@@ -3,6 +3,7 @@
 # make fuzz: damaged files on every reader, for SECONDS=600
 # make bench: what adapters cost, against the floor and other libraries (ONLY="switch llama" for some, DEVICE=cuda)
 PYTHON ?= python3
+SECONDS ?= 600
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -17,9 +18,6 @@ test: .venv/dev.stamp
 slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -q -s -m slow
 
-fuzz: .venv/fuzz.stamp
-	$(BIN)/python -m fuzz -max_total_time=$(or $(SECONDS),600)
-
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +29,9 @@ tables: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY)) $(if $(DEVICE),--device $(DEVICE))
 
+fuzz: .venv/fuzz.stamp
+	$(BIN)/python -m fuzz -max_total_time=$(SECONDS)
+
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
 
@@ -41,10 +42,10 @@ clean:
 	$(INSTALL) -e '.[digits]'
 	touch $@
 
-.venv/fuzz.stamp: .venv/dev.stamp
-	$(INSTALL) -e '.[dev,fuzz]'
-	touch $@
-
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+.venv/fuzz.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e '.[formats,fuzz]'
 	touch $@

@@ -52,33 +52,15 @@ def mutate(data: bytes, random_: random.Random) -> bytes:
     return pack(files)
 
 
-def value(old: Any, r: random.Random, depth: int = 0) -> Any:
+def value(old: Any, r: random.Random) -> Any:
     """Something else in the place of a JSON value: deep in it, mostly, else of another type or out of any range."""
-    if isinstance(old, str) and old[:1] in "{[" and r.random() < 0.9:
+    if isinstance(old, str) and old[:1] in ("{", "[") and r.random() < 0.9:
         with suppress(ValueError):
-            return json.dumps(value(json.loads(old), r, depth))
+            return json.dumps(value(json.loads(old), r))
     if isinstance(old, dict) and old and r.random() < 0.9:
-        key, new = r.choice(list(old)), dict(old)
-        what = r.random()
-        if what < 0.1:
-            del new[key]
-        elif what < 0.2:
-            new[r.choice([*WORDS, *map(str, new)])] = r.choice([new[key], *ODD])
-        elif what < 0.25:
-            new[_name(key, list(new), r)] = new.pop(key)
-        else:
-            new[key] = value(new[key], r, depth + 1)
-        return new
+        return _object(old, r)
     if isinstance(old, list) and old and r.random() < 0.9:
-        at, copy = r.randrange(len(old)), list(old)
-        what = r.random()
-        if what < 0.15:
-            del copy[at]
-        elif what < 0.3:
-            copy.insert(at, r.choice([copy[at], *ODD]))
-        else:
-            copy[at] = value(copy[at], r, depth + 1)
-        return copy
+        return _list(old, r)
     if type(old) in (int, float) and r.random() < 0.4:
         return r.choice([old + 1, old - 1, old * 2, -old, str(old), [old], float(old)])
     if isinstance(old, str) and r.random() < 0.3:
@@ -86,12 +68,46 @@ def value(old: Any, r: random.Random, depth: int = 0) -> Any:
     return r.choice(ODD)
 
 
+def _object(old: dict[str, Any], r: random.Random) -> dict[str, Any]:
+    key, new, what = r.choice(list(old)), dict(old), r.random()
+    if what < 0.1:
+        del new[key]
+    elif what < 0.2:
+        new[r.choice([*WORDS, *map(str, new)])] = r.choice([new[key], *ODD])
+    elif what < 0.25:
+        new[_name(key, list(new), r)] = new.pop(key)
+    else:
+        new[key] = value(new[key], r)
+    return new
+
+
+def _list(old: list[Any], r: random.Random) -> list[Any]:
+    at, new, what = r.randrange(len(old)), list(old), r.random()
+    if what < 0.15:
+        del new[at]
+    elif what < 0.3:
+        new.insert(at, r.choice([new[at], *ODD]))
+    else:
+        new[at] = value(new[at], r)
+    return new
+
+
 def _name(name: str, others: list[str], r: random.Random) -> str:
     at = r.randrange(len(name) + 1)
     return r.choice(
-        [name[:at] + name[at + 1 :], name[:at] + "." + name[at:], name + r.choice(WORDS), r.choice(WORDS) + "." + name]
-        + [r.choice(others or [name]), r.choice([odd for odd in ODD if isinstance(odd, str)]), name * 2]
-        + [name.replace("A", "B"), name.replace("0", "1"), name.replace("unet", "te"), name.replace("lora", "hada")]
+        [
+            name[:at] + name[at + 1 :],
+            name[:at] + "." + name[at:],
+            name + r.choice(WORDS),
+            r.choice(WORDS) + "." + name,
+            r.choice(others or [name]),
+            r.choice([odd for odd in ODD if isinstance(odd, str)]),
+            name * 2,
+            name.replace("A", "B"),
+            name.replace("0", "1"),
+            name.replace("unet", "te"),
+            name.replace("lora", "hada"),
+        ]
     )
 
 
@@ -255,8 +271,15 @@ def _bytes(content: bytes, r: random.Random) -> bytes:
     at = r.randrange(len(content) + 1)
     few = bytes(r.randrange(256) for _ in range(r.randrange(1, 9)))
     return r.choice(
-        [content[:at], content[:at] + few + content[at + len(few) :], content[:at] + few + content[at:]]
-        + [content[:at] + content[at + len(few) :], content[at:], content + content, few]
+        [
+            content[:at],
+            content[:at] + few + content[at + len(few) :],
+            content[:at] + few + content[at:],
+            content[:at] + content[at + len(few) :],
+            content[at:],
+            content + content,
+            few,
+        ]
     )
 
 

@@ -19,6 +19,9 @@ from lorakit.storage import all_finite
 from lorakit.targets import Place, place_of
 from lorakit.variants import Full, LowRank, Rows, Variant
 
+_SHARED = 2**24
+"""Numbers that may be made for any model."""
+
 
 @torch.inference_mode(False)
 def build_additions(
@@ -47,6 +50,7 @@ def build_additions(
     if found:
         shapes = [place.kind.matrix_shape(place.outline) for _, place in found]
         header = replace(header, variant=header.variant.fit(shapes))
+    _check_shared(root, header, where)
     sketches = Sketches()
     chosen: list[tuple[WeightEntry, Choice]] = []
     for entry, place in found:
@@ -64,6 +68,21 @@ def build_additions(
     choices = [choice for _, choice in chosen]
     additions = [_filled(choice, mine, header.ours) for choice, mine in zip(choices, values, strict=True)]
     return plan_of(index, header.variant, choices, name), additions
+
+
+def _check_shared(root: nn.Module, header: Header, where: str) -> None:
+    """A file of a few bytes must not make matrices beside which the model is small.
+
+    Raises:
+        LorakitError: it would.
+    """
+    most = max(_SHARED, 4 * sum(parameter.numel() for parameter in root.parameters()))
+    for variant in {header.variant, *(header.variant_of(entry) for entry in header.weights)}:
+        if variant.shared_numbers > most:
+            raise LorakitError(
+                f"{where} does not fit this {type(root).__name__}: {variant} asks for {variant.shared_numbers:,} "
+                "numbers that are shared, far more than the model has; it is damaged, or of a far larger model"
+            )
 
 
 def _found(

@@ -33,7 +33,7 @@ def read_in_order(path: Path) -> Content | None:
         if not 2 <= size <= min(total - 8, _MOST):
             return None
         try:
-            header = json.loads(file.read(size).decode())
+            header = json.loads(file.read(size).decode(), object_pairs_hook=once)
         except (ValueError, RecursionError):
             return None
         metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
@@ -49,6 +49,20 @@ def read_in_order(path: Path) -> Content | None:
             if file.readinto(memory.reshape(-1)) != memory.nbytes:
                 return None
         return tensors, metadata
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for `json.loads`, which would take the last of several without a word.
+
+    Raises:
+        ValueError: one name is there twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it holds {twice[:200]!r} twice")
+    return found
 
 
 def _layout(header: dict[str, Any], size: int) -> list[tuple[str, list[int], torch.dtype]] | None:

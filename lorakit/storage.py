@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.mistaken import check_fetched
-from lorakit.safe import Content, read_in_order
+from lorakit.safe import Content, once, read_in_order
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -96,9 +96,10 @@ def read_tensors(path: Path) -> Content:
 def _read_slowly(content: bytes) -> Content:
     tensors = from_safetensors(content)
     size = int.from_bytes(content[:8], "little")  # of the header, which was found to be in order
+    header = json.loads(content[8 : 8 + size], object_pairs_hook=once)
     # Copied: alignment could change how a product rounds.
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
-    return copies, json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    return copies, header.get("__metadata__") or {}
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -117,6 +118,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         LorakitError: it is missing or holds something else.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise LorakitError(f"{path} is not a file; check the path")
         if (size := path.stat().st_size) > _MOST_TEXT:
             raise LorakitError(f"{path} is of {size:,} bytes; no config is so large")
         check_fetched(path)
@@ -128,7 +131,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """The JSON object in a text; `where` names it in errors."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise LorakitError(f"{where} holds no valid JSON: {error}") from None
     if not isinstance(value, dict):

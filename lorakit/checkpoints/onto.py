@@ -1,6 +1,5 @@
 """An adapter's updates for the weights of a checkpoint: names, shapes and values checked, in one error."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
@@ -15,6 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.layers import Kind, Parameter, Update, accumulation_dtype
 from lorakit.loading import tensor_problem
+from lorakit.storage import read_json_object
 from lorakit.values.adapter import Adapter, check_known
 from lorakit.values.placement import kind_of
 from lorakit.values.weight import AdapterWeight
@@ -195,10 +195,8 @@ def _ties(base: Checkpoint) -> bool:
     if base.folder is None or any(_HEADS.search(name) for name in base):
         return False
     try:
-        config: Any = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    if not isinstance(config, dict):
+        config = read_json_object(base.folder / "config.json")
+    except LorakitError:
         return False
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):

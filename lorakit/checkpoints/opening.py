@@ -106,10 +106,10 @@ def _open_index(path: Path) -> Checkpoint:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LorakitError(f"{path} has no weight_map; save the model again")
-    problems, files = [], []
+    files = []
     odd = [name for name, file in weight_map.items() if not isinstance(file, str) or len(file) > _LONGEST]
-    check(os.fspath(path), [f"{name!r} is in what is no name of a file" for name in odd], weight_map)
-    for name in dict.fromkeys(weight_map.values()):
+    problems = [f"it has {name!r} in what is no name of a file" for name in odd]
+    for name in dict.fromkeys(file for file in weight_map.values() if isinstance(file, str) and len(file) <= _LONGEST):
         if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
             problems.append(f"it names the file {name!r}, which is not in its directory")
         elif not (path.parent / name).is_file():
@@ -154,6 +154,8 @@ def _together(
 
 
 def _open_file(path: Path) -> _Opened:
+    if not path.is_file():  # a pipe would be waited for
+        raise LorakitError(f"{path} is not a file; check the path")
     check_fetched(path)
     if path.suffix in TORCH:
         return _open_torch(path)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit.errors import LorakitError
+from lorakit.safe import once
 
 _NAMES = {
     "F64": "float64",
@@ -86,7 +87,7 @@ def read_shard(path: Path) -> Shard:
     except OSError as error:
         raise LorakitError(f"cannot read {path}: {error.strerror or error}") from None
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_once)
+        header = json.loads(text.decode(), object_pairs_hook=once)
         metadata = header.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is no mapping of texts")
@@ -120,16 +121,6 @@ def head_of(tensors: Iterable[tuple[str, Stored]], metadata: Mapping[str, str]) 
     start = 8 + len(text)
     moved = {name: stored._replace(begin=start + stored.begin) for name, stored in places.items()}
     return Shard(len(text).to_bytes(8, "little") + text, moved, metadata)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different; Python's own takes the last of two."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"it holds {twice!r} twice")
-    return found
 
 
 def _placed(header: dict[str, Any], path: Path, start: int, total: int) -> dict[str, Stored]:

@@ -38,9 +38,8 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bad: Seque
         grid.add_column(column, justify="right", no_wrap=True)
     for name, *cells in rows:
         style = "red" if any(word in cells for word in bad) else ""
-        grid.add_row(
-            *(Text(printable(cell)) for cell in (name, *cells)), style=style
-        )  # as Text: brackets in a name are no markup
+        # As Text: brackets in a name are no markup.
+        grid.add_row(*(Text(printable(cell)) for cell in (name, *cells)), style=style)
     Console().print(grid)
 
 

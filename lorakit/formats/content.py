@@ -34,6 +34,9 @@ _SUFFIXES = (".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 CONFIGS = ("adapter_config.json", "hyperparameters.yaml")
 """What lies beside it and says what they mean."""
 
+_MOST_TEXT, _MOST_VALUES, _DIGITS = 2**16, 10_000, 300
+"""Of a config in YAML, whose parser takes seconds for a megabyte: bytes, values, and digits of a number."""
+
 
 class Content(NamedTuple):
     """A file's content."""
@@ -61,6 +64,8 @@ def read_content(path: Path) -> Content:
             given = read_json_object(config) if config.is_file() else None
             return Content(path, sharded.first, sharded.tensors, {}, given, "safetensors")
     file = _file(path)
+    if not file.is_file():  # a pipe would be waited for
+        raise LorakitError(f"{file} is not a file; check the path")
     path = file.parent if path.is_dir() else path
     container = _container(file)
     tensors: Mapping[str, Tensor]
@@ -175,9 +180,43 @@ def read_yaml(file: Path) -> Mapping[str, Any]:
     except ImportError:
         raise LorakitError(f"reading {file} needs PyYAML: pip install 'lorakit[formats]'") from None
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if (size := file.stat().st_size) > _MOST_TEXT:
+            raise LorakitError(f"{file} is of {size:,} bytes; no config is so large")
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None:
+            _weigh(node, {})
+        loaded = {} if node is None else loader.construct_document(node)
+    except LorakitError:
+        raise
     except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise LorakitError(f"{file} holds no valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, Mapping):
         raise LorakitError(f"{file} must hold a mapping, not {type(loaded).__name__}")
     return loaded
+
+
+def _weigh(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for: references to references grow exponentially when they are followed.
+
+    Raises:
+        ValueError: they are too many, a node lies in itself, a key is there twice, or a number is absurdly long.
+    """
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("a value lies in itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    parts = node.value if isinstance(node.value, list) else []
+    if parts and isinstance(parts[0], tuple):
+        keys = [(key.tag, key.value) for key, _ in parts if isinstance(key.value, str)]
+        if len(set(keys)) != len(keys):
+            raise ValueError("a key is there twice")
+        parts = [part for pair in parts for part in pair]
+    elif not parts and node.tag.endswith(":int") and len(node.value) > _DIGITS:
+        raise ValueError(f"a number has {len(node.value)} digits")
+    size = 1 + sum(_weigh(part, known) for part in parts)
+    if size > _MOST_VALUES:
+        raise ValueError(f"it stands for more than {_MOST_VALUES} values")
+    known[id(node)] = size
+    return size

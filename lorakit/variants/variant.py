@@ -59,6 +59,11 @@ class Variant(ABC):
         """Whether `build` looks at the weight's values; if not, a quantized one may be given as a shape full of NaN."""
         return False
 
+    @property
+    def shared_numbers(self) -> int:
+        """How many numbers are made for all weights together that a file does not hold."""
+        return 0
+
     def fit(self, shapes: Sequence[tuple[int, ...]]) -> "Variant":
         """The variant for weights of these matrix shapes, if that depends on all of them at once."""
         return self

@@ -58,6 +58,11 @@ class VeRA(Variant):
                 raise LorakitError(f"shared matrices of sizes={sizes} and rank {self.rank} are larger than any memory")
             object.__setattr__(self, "sizes", sizes)
 
+    @property
+    def shared_numbers(self) -> int:
+        """Of the two matrices, which no file has to hold: one of a few bytes may ask for any."""
+        return 0 if self.sizes is None else self.rank * sum(self.sizes)
+
     def fit(self, shapes: Sequence[tuple[int, ...]]) -> "VeRA":
         """With `sizes`: the most rows and the most columns of all."""
         if self.sizes is not None:
@@ -93,6 +98,10 @@ class VeRA(Variant):
         A, B = (tensors.get(name) for name in cls.shared_names)
         if A is None or B is None:
             return variant
+        if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] == variant.rank:
+            raise LorakitError(
+                f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} are no two matrices of rank {variant.rank}"
+            )
         variant = replace(variant, sizes=(B.shape[0], A.shape[1]))
         for theirs, ours in zip((A, B), _shared(variant, torch.float32, torch.device("cpu")), strict=True):
             if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, rtol=1e-2, atol=1e-3):
