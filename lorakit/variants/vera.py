@@ -43,6 +43,7 @@ class VeRA(Variant):
     d_initial: float = 0.1
     sizes: tuple[int, int] | None = None
 
+    no_product: ClassVar[str] = "has matrices that no file holds; combine(model, ...) adds them, or"
     file_names: ClassVar[Mapping[str, str]] = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
     shared_names: ClassVar[Sequence[str]] = ("base_model.vera_A", "base_model.vera_B")
 
