@@ -3,12 +3,12 @@
 import random
 
 import pytest
-from fuzz.mutate import mutate
-from fuzz.readers import pack, try_one, unpack
-from fuzz.seeds import seeds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fuzz.mutate import mutate
+from fuzz.readers import pack, try_one, unpack
+from fuzz.seeds import seeds
 from lorakit.formats import FORMATS
 
 SEEDS = seeds()

@@ -14,6 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import fingerprint
 from lorakit.layers import Kind, Parameter, Update, accumulation_dtype
 from lorakit.loading import tensor_problem
+from lorakit.storage import read_json_object
 from lorakit.values.adapter import Adapter, check_known
 from lorakit.values.placement import kind_of
 from lorakit.values.weight import AdapterWeight
