@@ -2,6 +2,7 @@
 
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -41,12 +42,20 @@ class Patterns:
                 problem = f"is tried on a name of {len(name)} characters"
             if problem is not None:
                 raise LorakitError(f"{self.where}: the pattern {pattern[:80]!r} {problem}")
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if _matcher(pattern).match(name):
                 return pattern
             if self.spent + time.monotonic() - start > _SECONDS:
                 raise LorakitError(f"{self.where}: its patterns take more than {_SECONDS:g} seconds to match")
         self.spent += time.monotonic() - start
         return None
+
+
+@lru_cache(maxsize=4096)
+def _matcher(pattern: str) -> re.Pattern[str]:
+    """As PEFT matches. What Python has to say of strange brackets is nothing to whoever reads a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.compile(rf"(.*\.)?({pattern})$")
 
 
 @lru_cache(maxsize=4096)
@@ -57,8 +66,10 @@ def _problem(pattern: str) -> str | None:
     if len(pattern) > 4096:
         return f"is {len(pattern)} characters long"
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
-        parsed = _parser.parse(pattern)
+        _matcher(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parsed = _parser.parse(pattern)
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         return f"is no regular expression: {error}"
     try:
