@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -106,6 +107,13 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor infinity."""
     # A sum is finite only if every number is. It takes a part of the time, and may itself be too large.
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def name_of(path: Path) -> str:
+    """What an adapter is called: its directory, or its file without the suffixes."""
+    name = path.absolute().name
+    name = name if path.is_dir() else name.partition(".")[0]
+    return re.sub(r"[/\\.\s\x00-\x1f]", "_", name) or "default"
 
 
 _MOST_TEXT = 2**25

@@ -43,6 +43,10 @@ def test_what_could_take_for_ever_is_refused(pattern):
     assert time.monotonic() - start < 1
 
 
+def test_strange_brackets_are_no_warning():
+    assert Patterns(["[[ab]x"], "here").first("l.ax") == "[[ab]x"
+
+
 @given(st.text("ab().*+?|[]{}\\^$0,1d", max_size=14), st.text("ab.", max_size=30))
 def test_any_pattern_is_matched_or_refused_soon(pattern, name):
     start = time.monotonic()

@@ -105,8 +105,9 @@ class Checkpoint:
             with stored.file.open("rb") as file:
                 file.seek(stored.begin)
                 for begin in range(0, stored.bytes, PIECE):
-                    piece = file.read(min(PIECE, stored.bytes - begin))
-                    if not piece:
+                    wanted = min(PIECE, stored.bytes - begin)
+                    piece = file.read(wanted)
+                    if len(piece) != wanted:  # a part of the last piece too would be taken for all of it
                         raise OSError("it has become shorter; do not change it meanwhile")
                     yield piece
         except OSError as error:

@@ -1,10 +1,8 @@
 """What the readers and writers of two plain factors have in common: collecting them, and giving them one scale."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.header import Header, WeightEntry, file_key
-from lorakit.storage import all_finite
+from lorakit.storage import all_finite, name_of
 from lorakit.values.adapter import Adapter, check
 from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full, LoRA, Variant
@@ -88,13 +86,6 @@ def adapter_of(content: Content, format: str, parts: Iterable[Part], problems: l
     check(where, problems)
     header = Header(name_of(content.path), common, tuple(entries), False, more.pop("facts", {}))
     return Adapter.of(header, tensors, where, format=format, **more)
-
-
-def name_of(path: Path) -> str:
-    """What an adapter is called: its directory, or its file without the suffixes."""
-    name = path.absolute().name
-    name = name if path.is_dir() else name.partition(".")[0]
-    return re.sub(r"[/\\.\s\x00-\x1f]", "_", name) or "default"
 
 
 def fact_of(adapter: Adapter, format: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lorakit.errors import LorakitError
 from lorakit.header import LOOKUP_NAMES, PREFIX, Header, WeightEntry
 from lorakit.peft.checks import check_config
+from lorakit.storage import name_of
 from lorakit.untrusted import Patterns
 from lorakit.variants import VARIANTS, Full, Rows, Variant
 
@@ -84,7 +85,7 @@ def header_from_peft(
         flat -= {key.removeprefix(PREFIX).removesuffix(end) for key, end in endings if "embedding" in end}
         entries = [each._replace(kind="TransposedLinear") if each.path in flat else each for each in entries]
     entries += _extra_entries(config, set(tensors) - {key for key, _ in endings} - {*variant.shared_names}, path)
-    return Header(path.absolute().name, variant, tuple(entries), ours=False, facts=_facts_in(config))
+    return Header(name_of(path), variant, tuple(entries), ours=False, facts=_facts_in(config))
 
 
 def peft_facts(header: Header) -> Mapping[str, Any]:
