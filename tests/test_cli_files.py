@@ -21,6 +21,7 @@ from values import dense
 import lorakit as lk
 from lorakit.cli import app
 from lorakit.errors import LorakitError, UnknownFormatError
+from lorakit.formats import FORMATS
 from lorakit.variants import LoRA
 
 SHARED = Path(os.environ.get("LORAKIT_SHARED", "../shared"))
@@ -333,3 +334,8 @@ def heavy(tmp_path_factory) -> Path:
         {name: value + 0.1 * torch.randn(1024, 1024) for name, value in base.items()}, folder / "tuned.safetensors"
     )
     return folder
+
+
+def test_the_help_names_every_format_that_is_written():
+    text = done("convert", "--help")
+    assert all(name in text for name, form in FORMATS.items() if form.write is not None)
