@@ -152,6 +152,8 @@ def _inspected(weight: AdapterWeight, known: bool) -> InspectedWeight:
     if product is not None:
         B, A = product
         size = (*B.shape[:-1], A.shape[-1])
+        finite = finite and all(bool(factor.isfinite().all()) for factor in product)  # the scale may be absurd
+        state = "" if finite else "not finite"
         if finite:
             values = _spectrum(B, A)
             state = "zero" if not any(values) else ""
