@@ -108,6 +108,10 @@ def _use(adapter: lk.Adapter, path: Path) -> None:
     if adapter.missing or adapter.naming:
         return
     try:
+        assert lk.norm(adapter).keys() <= {weight.name for weight in adapter.weights}
+    except lk.LorakitError as error:
+        check_message(error)
+    try:
         lk.write(adapter, path)
     except lk.LorakitError as error:
         check_message(error)

@@ -250,3 +250,29 @@ def test_an_adapter_is_called_after_its_file_whatever_its_suffix(tmp_path):
     save_file({A: torch.ones(2, 6), B: torch.ones(5, 2)}, tmp_path / "my lora.v1.safetensors")
     lk.load(model, tmp_path / "my lora.v1.safetensors", alpha=1)
     assert list(lk.adapters(model)) == ["my_lora"]
+
+
+def test_a_scale_beyond_all_numbers_is_shown_and_has_no_spectrum(adapter):  # noqa: F811
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e300}))
+    value = lk.read(adapter)
+    assert inspect(value).broken == ("0.weight",)
+    with told("'0.weight'", "infinity"):
+        lk.norm(value)
+
+
+def test_a_stack_of_nothing_is_refused(tmp_path):
+    np = pytest.importorskip("numpy")
+    np.savez(tmp_path / "adapters.npz", **{"0.lora_a": np.ones((6, 2), "f4"), "0.lora_b": np.ones((0, 2, 5), "f4")})
+    both(tmp_path, "'0'")
+
+
+def test_a_zip_of_several_disks_is_refused(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "m.bin")
+    content = (tmp_path / "m.bin").read_bytes()
+    end = content.rindex(b"PK\5\6")
+    locator = b"PK\6\7" + struct.pack("<LQL", 7, 0, 9)
+    (tmp_path / "m.bin").write_bytes(content[:end] + locator + content[end:])
+    with told("m.bin"):
+        open_checkpoint(tmp_path / "m.bin")
+    both(tmp_path / "m.bin", "m.bin")

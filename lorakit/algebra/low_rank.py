@@ -48,8 +48,14 @@ def concatenate(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
 
 
 def singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """(..., min(d, r, k)) of B·A, decreasing, in float64; the others are zero."""
-    R1, R2 = (torch.linalg.qr(factor, mode="r").R for factor in _in_64_bits(B, A))
+    """(..., min(d, r, k)) of B·A, decreasing, in float64; the others are zero.
+
+    Raises:
+        LorakitError: a factor is not finite.
+    """
+    wide = _in_64_bits(B, A)
+    _check_finite(wide)
+    R1, R2 = (torch.linalg.qr(factor, mode="r").R for factor in wide)
     return _without_rounding(torch.linalg.svdvals(R1 @ R2.mT), R1, R2)
 
 
@@ -113,13 +119,17 @@ def directions(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Q₁, U, σ, Vᵀ and Q₂ with B·A = Q₁·U·diag(σ)·Vᵀ·Q₂ᵀ, in 64 bits."""
     wide_B, wide_At = _in_64_bits(B, A)
-    # A norm tells at a tenth of the price; only in 64 bits can one overflow where no number is infinite.
-    if not all(math.isfinite(factor.norm()) or bool(factor.isfinite().all()) for factor in (wide_B, wide_At)):
-        raise LorakitError("the factors hold NaN or infinity: there is nothing to approximate")
+    _check_finite((wide_B, wide_At))
     Q1, R1 = torch.linalg.qr(wide_B)
     Q2, R2 = torch.linalg.qr(wide_At)
     U, values, Vh = torch.linalg.svd(R1 @ R2.mT, full_matrices=False)
     return Q1, U, _without_rounding(values, R1, R2), Vh, Q2
+
+
+def _check_finite(factors: Pair) -> None:
+    # A norm tells at a tenth of the price; only in 64 bits can one overflow where no number is infinite.
+    if not all(math.isfinite(factor.norm()) or bool(factor.isfinite().all()) for factor in factors):
+        raise LorakitError("the factors, or their scale, hold NaN or infinity: there is nothing to approximate")
 
 
 def check_bounds(rank: int | None, energy: float | None, error: float | None) -> None:

@@ -170,8 +170,9 @@ def _open_file(path: Path) -> _Opened:
 def _open_torch(path: Path) -> _Opened:
     """A file of `torch.save`: from a new one places alone are taken, an old one is read."""
     renamed = path.with_suffix(".safetensors").name.replace("pytorch_model", "model")
-    zipped = zipfile.is_zipfile(path)
+    zipped = False
     try:
+        zipped = zipfile.is_zipfile(path)  # of some damaged ones it raises
         _check_order(path, zipped)
         content = torch.load(path, map_location="meta" if zipped else "cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle may raise

@@ -83,7 +83,7 @@ def _layout(path: str, found: Mapping[str, Tensor], rank: Any, problems: list[st
     b = found.get("B")
     stacked = b is not None and b.dim() == 3
     a = found.get("A")
-    if stacked and b is not None and a is not None and a.dim() == 2 and not a.shape[0] % b.shape[0]:
+    if stacked and b is not None and a is not None and a.dim() == 2 and b.shape[0] and not a.shape[0] % b.shape[0]:
         found = {**found, "A": a.unflatten(0, (b.shape[0], -1))}  # as the first versions had it
     problem = factor_problem(path, {k: v for k, v in found.items() if k != "magnitude"}, 3 if stacked else 2)
     if problem is not None:
