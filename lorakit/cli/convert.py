@@ -6,14 +6,26 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.common import check_output, counted, write_adapter
-from lorakit.cli.options import Alpha, Enabled, Force, From, Heads, KvHeads, NamesFrom, Part, names_in, read_with
+from lorakit.cli.options import (
+    WRITTEN,
+    Alpha,
+    Enabled,
+    Force,
+    From,
+    Heads,
+    KvHeads,
+    NamesFrom,
+    Part,
+    names_in,
+    read_with,
+)
 from lorakit.errors import LorakitError
 
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter of any format.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or directory to write.")],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="peft, kohya, diffusers, mlx, gguf, …; see below.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=WRITTEN)],
     come_from: From = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="One rank and one scale for all, which vLLM and llama.cpp scale rightly.")

@@ -37,7 +37,12 @@ Part = Annotated[str | None, typer.Option(help="Which model of a pipeline is mea
 Rank = Annotated[int | None, typer.Option(help="At most this rank for each weight.")]
 Energy = Annotated[float | None, typer.Option(help="The smallest rank with this share of ‖ΔW‖²: 0.99, say.")]
 Error = Annotated[float | None, typer.Option(help="The smallest rank with at most this relative error.")]
-To = Annotated[str, typer.Option("--to", metavar="FORMAT", help="The output's format.")]
+WRITTEN = (
+    "One of lorakit (PEFT reads it too), peft, kohya, diffusers, diffusers-old, comfyui, loralib, mlx, litgpt, "
+    "torchtune, gguf."
+)
+"""Written out: to ask the formats for it would load torch to show a line of help."""
+To = Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"The output's format. {WRITTEN}")]
 
 
 def parse_enabled(text: str | None) -> tuple[bool, ...] | None:
