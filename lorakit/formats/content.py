@@ -93,7 +93,7 @@ def read_outline(path: Path) -> Content | None:
         return None
     file = _file(path)
     path = file.parent if path.is_dir() else path
-    if _container(file) != "safetensors":
+    if not file.is_file() or _container(file) != "safetensors":  # a pipe would be waited for
         return None
     try:
         shard = read_shard(file)
