@@ -1,8 +1,9 @@
 """A weight's fingerprint: enough to tell that an adapter meets the base it was trained on."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +31,31 @@ def fingerprint(*parts: Tensor) -> str | None:
     """
     if not parts or any(part.is_meta for part in parts):
         return None
+    return digest_of(_sampled(part) for part in parts)
+
+
+def _sampled(part: Tensor) -> Any:
+    """The bytes of its samples."""
+    if type(part) in _PLAIN and part.dtype in _KNOWN_TO_NUMPY and part.is_cpu and part.is_contiguous():
+        # By way of NumPy, in a third of the time: the same bytes.
+        values = part.detach().numpy().reshape(-1)
+        return values[places_of(values.size, values.itemsize).numpy()].data
+    flat = whole(part.detach()).reshape(-1)
+    places = places_of(flat.numel(), flat.element_size()).to(flat.device)
+    return flat[places].view(torch.uint8).cpu().numpy().tobytes()
+
+
+def places_of(size: int, width: int) -> Tensor:
+    """Which of so many values of this width in bytes a fingerprint is of."""
+    count = _SAMPLES * (4 if width == 1 else 1)  # a byte of a quantized weight says less
+    return _places(min(count, size), size)
+
+
+def digest_of(samples: Iterable[Any]) -> str:
+    """The fingerprint of a weight whose samples, of each tensor that it is stored in, are these bytes."""
     digest = hashlib.sha256()
-    for part in parts:
-        if type(part) in _PLAIN and part.dtype in _KNOWN_TO_NUMPY and part.is_cpu and part.is_contiguous():
-            # By way of NumPy, in a third of the time: the same bytes.
-            values = part.detach().numpy().reshape(-1)
-            digest.update(values[_places(min(_SAMPLES, values.size), values.size).numpy()].data)
-            continue
-        flat = whole(part.detach()).reshape(-1)
-        count = _SAMPLES * (4 if flat.element_size() == 1 else 1)  # a byte of a quantized weight says less
-        places = _places(min(count, flat.numel()), flat.numel()).to(flat.device)
-        digest.update(flat[places].view(torch.uint8).cpu().numpy().tobytes())
+    for sample in samples:
+        digest.update(sample)
     return digest.hexdigest()[:32]
 
 

@@ -104,6 +104,11 @@ def in_order(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
         begin, end = end, end + len(memory)
         header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         parts.append(memory)
+    return b"".join([framed(header), *parts])
+
+
+def framed(header: Mapping[str, Any]) -> bytes:
+    """The beginning of a file with this header: its size, and the JSON, filled up so that the values are aligned."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    return len(text).to_bytes(8, "little") + text

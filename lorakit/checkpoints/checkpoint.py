@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints.shards import Shard, Stored
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import whole
+from lorakit.fingerprint import digest_of, fingerprint, places_of, whole
 
 PIECE = 2**22
 """Bytes that are copied or compared at a time."""
@@ -58,41 +58,48 @@ class Checkpoint:
         stored = self[name]
         if stored.file is None:
             return whole(self.memory[name].detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
-        if stored.strides is not None:
-            return self.peek(name).clone(memory_format=torch.contiguous_format)
+        if not torch.Size(stored.shape).numel():
+            return torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         try:
-            tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+            flat = torch.empty(_span(stored), dtype=stored.dtype, device="cpu")
             with stored.file.open("rb") as file:
                 file.seek(stored.begin)
-                got = file.readinto(raw(tensor)) if tensor.numel() else 0
+                got = file.readinto(raw(flat))
         except (OSError, RuntimeError, ValueError) as error:
             raise LorakitError(f"cannot read {name!r} of {stored.file}: {error}") from None
-        if got != stored.bytes:
-            raise LorakitError(
-                f"cannot read {name!r} of {stored.file}: it has become shorter; do not change it meanwhile"
-            )
-        return tensor
+        self._check_length(name, got, flat.numel() * flat.element_size())
+        if stored.strides is None:
+            return flat.view(stored.shape)
+        return flat.as_strided(stored.shape, stored.strides).clone(memory_format=torch.contiguous_format)
 
-    def peek(self, name: str) -> Tensor:
-        """The tensor as it lies in the file, of which only what is looked at is loaded; not to be kept."""
+    def fingerprint(self, name: str) -> str | None:
+        """The tensor's fingerprint; of a file's no more is read than it is of.
+
+        Raises:
+            LorakitError: there is none of that name, or its file has changed.
+        """
         stored = self[name]
         if stored.file is None:
-            return self.memory[name].detach()
-        if not stored.bytes:
-            return torch.empty(stored.shape, dtype=stored.dtype)
+            return fingerprint(self.memory[name].detach())
+        if stored.strides is not None:
+            return fingerprint(self.read(name))
+        width, samples = stored.dtype.itemsize, []
         try:
-            # Copy on write, so that torch takes it for writable; nobody writes.
-            import numpy as np
-
-            flat = np.memmap(stored.file, np.uint8, "c", stored.begin, (_span(stored) * stored.dtype.itemsize,))
-            numbers = torch.from_numpy(flat).view(stored.dtype)
-            return (
-                numbers.view(stored.shape)
-                if stored.strides is None
-                else numbers.as_strided(stored.shape, stored.strides)
-            )
-        except (OSError, RuntimeError, ValueError) as error:
+            with stored.file.open("rb") as file:
+                for place in places_of(torch.Size(stored.shape).numel(), width).tolist():
+                    file.seek(stored.begin + place * width)
+                    samples.append(file.read(width))
+        except OSError as error:
             raise LorakitError(f"cannot read {name!r} of {stored.file}: {error}") from None
+        sample = b"".join(samples)
+        self._check_length(name, len(sample), len(samples) * width)
+        return digest_of([sample])
+
+    def _check_length(self, name: str, got: int, wanted: int) -> None:
+        if got != wanted:
+            raise LorakitError(
+                f"cannot read {name!r} of {self[name].file}: it has become shorter; do not change it meanwhile"
+            )
 
     def pieces(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of the tensor, a few at a time."""

@@ -17,7 +17,6 @@ from lorakit.checkpoints.opening import Source, open_checkpoint
 from lorakit.checkpoints.rewrite import Progress
 from lorakit.checkpoints.seen import Seen, is_embedding, seen
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import fingerprint
 from lorakit.header import WeightEntry
 from lorakit.layers import Kind, accumulation_dtype
 from lorakit.patterns import Pattern, by_name, patterns_of, some
@@ -200,7 +199,7 @@ def _extracted(
     """What one weight gets; None if it has not changed."""
     stored, kind = base[name], way.kind
     path, _, parameter = name.rpartition(".")
-    how = (stored.shape, str(stored.dtype).removeprefix("torch."), fingerprint(base.peek(name)))
+    how = (stored.shape, str(stored.dtype).removeprefix("torch."), base.fingerprint(name))
     entry = WeightEntry(path, parameter, None, *how)
     if kind is None:
         value = tuned.read(name).to(accumulation_dtype(torch.promote_types(stored.dtype, tuned[name].dtype)))

@@ -11,7 +11,6 @@ from torch import Tensor
 from lorakit.checkpoints.checkpoint import Checkpoint, listed
 from lorakit.checkpoints.seen import is_embedding, leaf, transposed
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import fingerprint
 from lorakit.layers import Kind, Parameter, Update, accumulation_dtype
 from lorakit.loading import tensor_problem
 from lorakit.storage import read_json_object
@@ -167,7 +166,7 @@ def _base_problems(weight: AdapterWeight, name: str, base: Checkpoint, check_val
             f"it is {stored.dtype} here and was {entry.dtype} when saved; if this is the same base in another dtype, "
             "use verify='off'"
         ]
-    if fingerprint(base.peek(name)) != entry.sample:
+    if base.fingerprint(name) != entry.sample:
         return ["it has other values than the base this adapter was trained on"]
     return []
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit.errors import LorakitError
-from lorakit.safe import once
+from lorakit.safe import framed, once
 
 _NAMES = {
     "F64": "float64",
@@ -116,11 +116,9 @@ def head_of(tensors: Iterable[tuple[str, Stored]], metadata: Mapping[str, str]) 
         reached = end
     if problems:
         raise LorakitError("\n  - ".join(["cannot be written as safetensors:", *problems]))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # so that the values are aligned
-    start = 8 + len(text)
-    moved = {name: stored._replace(begin=start + stored.begin) for name, stored in places.items()}
-    return Shard(len(text).to_bytes(8, "little") + text, moved, metadata)
+    head = framed(header)
+    moved = {name: stored._replace(begin=len(head) + stored.begin) for name, stored in places.items()}
+    return Shard(head, moved, metadata)
 
 
 def _placed(header: dict[str, Any], path: Path, start: int, total: int) -> dict[str, Stored]:

@@ -3,7 +3,6 @@
 A file's format is found from its keys. What a format does not hold (alpha, say) is asked for, never guessed.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 
 from lorakit.errors import LorakitError, UnknownFormatError
@@ -57,8 +56,8 @@ def form_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def content_of(path: Path, format: str | None, known: Known, elsewhere: Collection[str] = ()) -> tuple[Content, Format]:
-    """What lies in a file or directory, and its format; `elsewhere` are the fields of `known` that others need.
+def content_of(path: Path, format: str | None, known: Known) -> tuple[Content, Format]:
+    """What lies in a file or directory, and its format.
 
     Raises:
         LorakitError: it is damaged, of no format that is known here, or something was given that it holds itself.
@@ -67,20 +66,18 @@ def content_of(path: Path, format: str | None, known: Known, elsewhere: Collecti
         format_of(outline)  # before a value is read
     content = read_content(path)
     form = format_of(content) if format is None else form_named(format)
-    check_needed(f"{content.path} is of {form.name}, which", known, (*form.takes, *elsewhere))
+    check_needed(f"{content.path} is of {form.name}, which", known, form.takes)
     return content, form
 
 
-def read_adapter(path: Path, format: str | None, known: Known, elsewhere: Collection[str] = ()) -> Adapter:
+def read_adapter(path: Path, format: str | None, known: Known) -> Adapter:
     """The adapter in a file or directory, with the names that it has there.
-
-    Of `known` it may be given what it holds itself or has no use for, if it is said to be needed `elsewhere`.
 
     Raises:
         UnknownFormatError: there is none of a format that is known here.
         LorakitError: it is damaged.
     """
-    content, form = content_of(path, format, known, elsewhere)
+    content, form = content_of(path, format, known)
     return form.read(content, known)
 
 

@@ -34,6 +34,8 @@ _SUFFIXES = (".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 CONFIGS = ("adapter_config.json", "hyperparameters.yaml")
 """What lies beside it and says what they mean."""
 
+_LARGE = 2**26
+"""Bytes of a file whose header is looked at before its values."""
 _MOST_TEXT, _MOST_VALUES, _DIGITS = 2**16, 10_000, 300
 """Of a config in YAML, whose parser takes seconds for a megabyte: bytes, values, and digits of a number."""
 
@@ -82,9 +84,10 @@ def read_content(path: Path) -> Content:
 
 
 def read_outline(path: Path) -> Content | None:
-    """The same from the header alone, tensors without values; None of what is no safetensors file in order.
+    """The same from the header alone, tensors without values; None of what is no large safetensors file in order.
 
-    A checkpoint may be larger than any memory, and its keys say already that it is no adapter.
+    A checkpoint may be larger than any memory, and its keys say already that it is no adapter. What is small is read at
+    once, and its header not twice.
 
     Raises:
         LorakitError: there is no such file.
@@ -93,7 +96,7 @@ def read_outline(path: Path) -> Content | None:
         return None
     file = _file(path)
     path = file.parent if path.is_dir() else path
-    if not file.is_file() or _container(file) != "safetensors":  # a pipe would be waited for
+    if not file.is_file() or file.stat().st_size < _LARGE or _container(file) != "safetensors":
         return None
     try:
         shard = read_shard(file)

@@ -16,6 +16,7 @@ from lorakit.errors import LorakitError
 from lorakit.formats.content import Content
 from lorakit.formats.lycoris import alpha_of, contracted, factors_of_diff, kronecker, magnitude_of
 from lorakit.header import Header, WeightEntry
+from lorakit.storage import name_of
 from lorakit.values.adapter import Adapter, check
 from lorakit.values.weight import AdapterWeight
 from lorakit.variants import DoRA, Full, LoHa, LoKr, LoRA, Variant
@@ -34,11 +35,6 @@ _BESIDE = frozenset({"alpha", "dora_scale", "magnitude"})
 
 Parts = dict[str, Tensor]
 """The tensors of one weight by their roles."""
-
-
-def tidy_name(content: Content) -> str:
-    """The adapter's name: the file's own, without what a name cannot have."""
-    return content.file.stem.replace(".", "_") or "default"
 
 
 def is_plain(content: Content) -> bool:
@@ -82,7 +78,7 @@ def adapter_of(content: Content, weights: Sequence[AdapterWeight], problems: lis
     entries = tuple(
         weight.entry._replace(variant=None if weight.variant == variant else weight.variant) for weight in weights
     )
-    header = Header(tidy_name(content), variant, entries, ours=False, facts=facts)
+    header = Header(name_of(content.path), variant, entries, ours=False, facts=facts)
     made = Adapter(header.name, variant, tuple(weights), ours=False, facts=facts)
     if len({(e.path, e.parameter) for e in entries}) < len(entries):
         raise LorakitError(f"{content.path} holds one weight under two names, and which is meant is not known")
