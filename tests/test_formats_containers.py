@@ -14,19 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_formats_llama import (
-    GROUPS,
-    HEADS,
-    SIZE,
-    gguf_file,
-    gguf_tensors,
-    lit_files,
-    lit_tensors,
-    llama,
-    tune_files,
-    tune_tensors,
-)
-from test_formats_llm import by_loralib, config_of, loralib, mlx_files, mlx_tensors
+from llamas import GROUPS, HEADS, SIZE, llama
+from test_formats_gguf import gguf_file, gguf_tensors
+from test_formats_litgpt import lit_files, lit_tensors
+from test_formats_loralib import by_loralib, loralib
+from test_formats_mlx import config_of, mlx_files, mlx_tensors
+from test_formats_torchtune import tune_files, tune_tensors
 
 import lorakit as lk
 from lorakit.exchange import read

@@ -7,20 +7,12 @@ import loralib
 import pytest
 import torch
 from helpers import assert_bits, assert_close
+from llamas import GROUPS, HEADS, llama, logits, trained
 from safetensors.torch import load_file, save_file
-from test_formats_llama import (
-    ENABLED,
-    GROUPS,
-    HEADS,
-    lit_files,
-    lit_tensors,
-    llama,
-    logits,
-    trained,
-    tune_files,
-    tune_tensors,
-)
-from test_formats_llm import IDS, SHARED, Net, by_loralib, by_mlx, mlx_files, up_to_qkv
+from test_formats_litgpt import ENABLED, lit_files, lit_tensors
+from test_formats_loralib import IDS, SHARED, Net, by_loralib
+from test_formats_mlx import by_mlx, mlx_files, up_to_qkv
+from test_formats_torchtune import tune_files, tune_tensors
 from torch import nn
 
 import lorakit as lk
