@@ -227,6 +227,9 @@ def test_ties_and_dare_are_those_of_the_dense_updates():
     assert_near(dense(again[0]), dense(again[1]), share=0.0)
     with pytest.raises(lk.LorakitError, match="rank="):
         ties({a: 1.0})
+    for seed in (-1, 2**40, 1.5, "x"):
+        with pytest.raises(lk.LorakitError, match="seed"):
+            dare({a: 1.0}, seed=seed, rank=1)
     for density in (0, 1.5, True, "x"):
         with pytest.raises(lk.LorakitError, match="density"):
             dare({a: 1.0}, density=density, rank=1)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,14 @@ from lorakit.formats import Names
 from lorakit.formats.flattened import fitting_names, flatten
 from lorakit.formats.ldm import as_diffusers
 
+if sys.version_info < (3, 11):
+    pytest.skip("diffusers needs Python 3.11", allow_module_level=True)
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    diffusers = pytest.importorskip("diffusers", reason="diffusers needs Python 3.11")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+    import diffusers
+    import peft
+    import transformers
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 

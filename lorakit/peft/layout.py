@@ -54,30 +54,24 @@ def placed(header: Header) -> dict[str, Placed]:
 
 
 def _has_place(entry: WeightEntry, variant: Variant) -> bool:
+    if entry.kind != Parameter.__name__ or entry.order is None or len(entry.shape or ()) not in (2, 3):
+        return False
     fields = variant.peft_fields()
-    plain = fields["peft_type"] == "LORA" and not fields.get("use_dora") and "A" in variant.file_names
-    a_parameter = entry.kind == Parameter.__name__ and entry.order is not None and entry.shape is not None
-    return plain and a_parameter and len(entry.shape or ()) in (2, 3)
+    return fields["peft_type"] == "LORA" and not fields.get("use_dora") and "A" in variant.file_names
 
 
 def inner_biases(header: Header) -> dict[str, str]:
     """The biases that are trained as a whole on layers that have factors: their keys here, and PEFT's."""
-    places = placed(header)
-    variants = {entry.name: header.variant_of(entry) for entry in header.weights}
-    adapted = {
-        entry.path
-        for entry in header.weights
-        if entry.parameter == "weight"
-        and entry.path
-        and entry.name not in places
-        and not isinstance(variants[entry.name], Full | Rows)
-        and variants[entry.name].peft_fields()["peft_type"] == "LORA"
-    }
-    return {
-        f"{PREFIX}{entry.path}.bias": f"{PREFIX}{entry.path}{WRAPPED}.bias"
-        for entry in header.weights
-        if entry.parameter == "bias" and entry.path in adapted and isinstance(variants[entry.name], Full)
-    }
+    paths = {e.path for e in header.weights if e.parameter == "bias" and isinstance(header.variant_of(e), Full)}
+    if not paths:
+        return {}
+    places, adapted = placed(header), set()
+    for entry in header.weights:
+        variant = header.variant_of(entry)
+        thin = entry.parameter == "weight" and entry.path and not isinstance(variant, Full | Rows)
+        if thin and entry.name not in places and variant.peft_fields()["peft_type"] == "LORA":
+            adapted.add(entry.path)
+    return {f"{PREFIX}{path}.bias": f"{PREFIX}{path}{WRAPPED}.bias" for path in sorted(paths & adapted)}
 
 
 def to_peft(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

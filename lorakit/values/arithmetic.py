@@ -15,6 +15,7 @@ from lorakit.tables import shape, table
 from lorakit.values.adapter import Adapter, check, check_known, usual, weighted_sum
 from lorakit.values.weight import AdapterWeight
 from lorakit.variants import Full, Rows
+from lorakit.variants.checks import checked_integer
 
 Weighted = Mapping[Adapter, float] | Iterable[tuple[Adapter, float]]
 """Adapters, each with a weight."""
@@ -191,6 +192,7 @@ def dare(
         LorakitError: as for `weighted_sum`, or no bound is given.
     """
     check_density(density)
+    seed = checked_integer("seed", seed, at_least=0, at_most=2**31 - 1)
 
     def merged(deltas: list[Tensor], weight: str) -> Tensor:
         generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(weight.encode()))
