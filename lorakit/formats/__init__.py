@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorakit.errors import LorakitError, UnknownFormatError
 from lorakit.formats.cloneofsimo import CLONEOFSIMO
-from lorakit.formats.content import Content, read_content, read_outline
+from lorakit.formats.content import Content, read_content
 from lorakit.formats.diffusers import COMFYUI, DIFFUSERS, DIFFUSERS_OLD
 from lorakit.formats.form import Format, Known, Written, check_needed
 from lorakit.formats.gguf import GGUF
@@ -62,9 +62,7 @@ def content_of(path: Path, format: str | None, known: Known) -> tuple[Content, F
     Raises:
         LorakitError: it is damaged, of no format that is known here, or something was given that it holds itself.
     """
-    if format is None and (outline := read_outline(path)) is not None:
-        format_of(outline)  # before a value is read
-    content = read_content(path)
+    content = read_content(path, format_of if format is None else None)
     form = format_of(content) if format is None else form_named(format)
     check_needed(f"{content.path} is of {form.name}, which", known, form.takes)
     return content, form

@@ -3,7 +3,7 @@
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from lorakit.errors import LorakitError, UnknownFormatError
 from lorakit.formats.archive import read_npz
 from lorakit.formats.gguf_file import read_gguf
 from lorakit.formats.pickled import read_pickled
-from lorakit.formats.sharded import is_sharded, read_shards
+from lorakit.formats.sharded import read_shards
 from lorakit.mistaken import as_text, check_fetched
 from lorakit.patterns import some
 from lorakit.storage import read_json_object, read_tensors
@@ -53,8 +53,11 @@ class Content(NamedTuple):
     container: Container
 
 
-def read_content(path: Path) -> Content:
+def read_content(path: Path, accept: Callable[[Content], object] | None = None) -> Content:
     """All that a file holds, or the one file with tensors in a directory.
+
+    `accept` is asked before the values of a large file are read, with tensors that have none, and may raise: a
+    checkpoint can be larger than any memory, and its keys say already that it is no adapter.
 
     Raises:
         LorakitError: there is none, or it is damaged.
@@ -73,6 +76,8 @@ def read_content(path: Path) -> Content:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = {}
     if container == "safetensors":
+        if accept is not None and file.stat().st_size >= _LARGE and (outline := _outline(path, file)) is not None:
+            accept(outline)
         tensors, metadata = read_tensors(file)
     elif container == "torch":
         tensors = read_pickled(file)
@@ -83,21 +88,8 @@ def read_content(path: Path) -> Content:
     return Content(path, file, tensors, metadata, _config(file), container)
 
 
-def read_outline(path: Path) -> Content | None:
-    """The same from the header alone, tensors without values; None of what is no large safetensors file in order.
-
-    A checkpoint may be larger than any memory, and its keys say already that it is no adapter. What is small is read at
-    once, and its header not twice.
-
-    Raises:
-        LorakitError: there is no such file.
-    """
-    if path.is_dir() and is_sharded(path):
-        return None
-    file = _file(path)
-    path = file.parent if path.is_dir() else path
-    if not file.is_file() or file.stat().st_size < _LARGE or _container(file) != "safetensors":
-        return None
+def _outline(path: Path, file: Path) -> Content | None:
+    """What the header of a safetensors file says, with tensors that have no values; None if it is not in order."""
     try:
         shard = read_shard(file)
     except LorakitError:

@@ -22,21 +22,16 @@ class Sharded(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def is_sharded(folder: Path) -> bool:
-    """Whether an adapter lies there in several files."""
-    return (folder / _INDEX).is_file() or any(_PART.fullmatch(path.name) for path in folder.iterdir())
-
-
 def read_shards(folder: Path) -> Sharded | None:
     """All files of an adapter in several; None if there are none.
 
     Raises:
         LorakitError: files are missing, or one is damaged, or a tensor is in two of them, or not where the index says.
     """
-    if not is_sharded(folder):
-        return None
     files = sorted(path for path in folder.iterdir() if _PART.fullmatch(path.name))
     index = folder / _INDEX
+    if not files and not index.is_file():
+        return None
     problems = _absent(files)
     tensors: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
