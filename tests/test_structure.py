@@ -30,7 +30,7 @@ ORDER = [
     {"checkpoints"},
     {"formats"},
     {"files", "exchange"},
-    {"digits"},
+    {"digits", "finetune"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,1 @@
+"""Fine-tuning language models: data, training, checkpoints, generation."""
