@@ -1,0 +1,310 @@
+"""A base: a causal language model of transformers and its tokenizer, from a directory or the hub."""
+
+import json
+import os
+import re
+import socket
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.finetune.quiet import quiet_imports as quiet_imports
+from lorakit.finetune.quiet import quiet_transformers as quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_NAMED = 8
+"""Weights that a message names at most."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen language model and its tokenizer."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    where: str
+    """The directory or hub id, as given."""
+
+
+def open_base(
+    where: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> Base:
+    """Load a causal language model and its tokenizer, in `eval()`.
+
+    The tokenizer has a pad token afterwards, one that it knows already: the embedding never grows. If it names no end
+    of text, it is given that of the model's config.
+
+    Args:
+        where: a directory that transformers' `save_pretrained` wrote, or a hub id.
+        device: "cpu", "cuda", "cuda:1", "mps"; "auto" is the first of cuda, mps and cpu that there is, and of several
+            GPUs that of `LOCAL_RANK`.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on a GPU that computes in it, else float32. Of a
+            quantized base it is the dtype it computes in.
+        quantize: "4bit" (NF4 with double quantization, as in QLoRA, arXiv:2305.14314) or "8bit" (LLM.int8(),
+            arXiv:2208.07339), by bitsandbytes.
+        revision: of a hub id: a branch, a tag or a commit.
+        trust_remote_code: whether code that comes with the model may run.
+        attention: the attention implementation, by transformers' name: "sdpa", "eager", "flash_attention_2", ...
+
+    Warns:
+        Where the files hold weights that such a model does not have.
+
+    Raises:
+        LorakitError: there is no such model, it is damaged, it lacks weights, it is no causal language model, or it
+            cannot be on that device or in that form.
+    """
+    where = os.path.expanduser(os.fspath(where))
+    if not where:
+        raise LorakitError("which model? Give a directory or a hub id")
+    if dtype not in ("auto", *DTYPES):
+        raise LorakitError(f"dtype={dtype!r} must be auto, {', '.join(DTYPES)}")
+    if quantize not in (None, "4bit", "8bit"):
+        raise LorakitError(f"quantize={quantize!r} must be 4bit or 8bit, or left away")
+    place = device_named(device)
+    kind = _dtype_on(place) if dtype == "auto" else DTYPES[dtype]
+    local = _is_local(where)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if local or not _hub_is_near():
+        source["local_files_only"] = True
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = _config(where, local, source)
+        tokenizer = _tokenizer(where, source)
+        model, unused = _model(where, config, source, place, kind, quantize, attention)
+        _check_causal(where, model)
+    if unused:
+        warnings.warn(f"{where} holds what no {type(model).__name__} has: {_some(unused)}", stacklevel=2)
+    _complete(tokenizer, model)
+    return Base(model.eval(), tokenizer, where)
+
+
+def device_named(device: str) -> torch.device:
+    """The device of that name; of "auto" the best there is.
+
+    Raises:
+        LorakitError: the name is none, or there is no such device.
+    """
+    if device == "auto":
+        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        device = next(kind for kind, there in kinds.items() if there)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise LorakitError(f"{device!r} is no device; auto, cpu, cuda, cuda:1 and mps are") from None
+    if place.type == "cpu":
+        return torch.device("cpu")
+    backend = getattr(torch, place.type, None) if place.type != "mps" else torch.backends.mps
+    there = getattr(backend, "is_available", None)
+    if there is None or not there():
+        built = " (this torch is built for CPUs alone)" if place.type == "cuda" and torch.version.cuda is None else ""
+        raise LorakitError(f"there is no {place.type} device here{built}: give cpu, or auto for what there is")
+    if place.type == "mps":
+        return place
+    number = int(os.environ.get("LOCAL_RANK") or 0) if place.index is None else place.index
+    count = backend.device_count()  # type: ignore[union-attr]
+    if number >= count:
+        raise LorakitError(f"there is no {place.type}:{number} here: the devices are 0 to {count - 1}")
+    return torch.device(place.type, number)
+
+
+def _dtype_on(place: torch.device) -> torch.dtype:
+    """Bfloat16 where it is computed in; else float32, as float16 overflows in training."""
+    if place.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if place.type == "xpu" else torch.float32
+
+
+def _is_local(where: str) -> bool:
+    """Whether it is a directory; what can be neither a directory nor a hub id is an error."""
+    path = Path(where)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise LorakitError(f"{where} is no model of transformers: it holds no config.json{_instead(path)}")
+        return True
+    if path.exists():
+        raise LorakitError(f"{where} is a file: a model is a directory with config.json, weights and tokenizer")
+    if not _HUB_ID.fullmatch(where) or where.endswith((".json", ".safetensors", ".yaml", ".yml")):
+        raise LorakitError(f"there is no directory {where}, and that is no hub id (owner/name) either")
+    return False
+
+
+def _instead(path: Path) -> str:
+    """What a directory without a model is, if it can be told."""
+    try:
+        if (path / "adapter_config.json").exists():
+            told = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+            return f"; it is an adapter{f' of {base}' if base else ''}"
+    except (OSError, ValueError):
+        return "; it is an adapter"
+    if (path / "config.yaml").exists():
+        return "; it is a training run, whose base is in its config.yaml"
+    return ""
+
+
+def _hub_is_near() -> bool:
+    """Whether the hub's name can be looked up: without a network transformers would try for half a minute."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
+def _config(where: str, local: bool, source: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(where, **source)
+    except Exception as error:
+        if local:
+            raise _unusable(f"the config of {where} cannot be used", error) from None
+        near = (
+            "" if "local_files_only" not in source else "; the hub cannot be reached from here, nor is it in the cache"
+        )
+        raise _unusable(f"there is no directory {where}, and as a hub id it cannot be loaded{near}", error) from None
+
+
+def _tokenizer(where: str, source: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where, **source)
+    except Exception as error:
+        hint = "its files (tokenizer.json, tokenizer_config.json, ...) belong beside the model's"
+        raise _unusable(f"{where} has no tokenizer that can be loaded: {hint}", error) from None
+
+
+def _model(
+    where: str,
+    config: Any,
+    source: dict[str, Any],
+    place: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    attention: str | None,
+) -> tuple[Any, list[str]]:
+    """The model, and names of weights in its files that it does not have."""
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    how = _how(where, config, place, dtype, quantize)
+    if attention is not None:
+        how["attn_implementation"] = attention
+    try:
+        model, found = loader.from_pretrained(where, config=config, output_loading_info=True, **how, **source)
+        if "device_map" not in how:
+            model = model.to(place)
+    except Exception as error:
+        if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
+            raise LorakitError(f"{where} is a {config.model_type}, which is no causal language model") from None
+        how_much = "; give a smaller model, or quantize: 4bit" if isinstance(error, torch.OutOfMemoryError) else ""
+        raise _unusable(f"the model of {where} cannot be loaded{how_much}", error) from None
+    missing = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
+    if missing:
+        raise LorakitError(
+            f"{where} lacks weights of a {type(model).__name__}, which would be random: {_some(missing)}; it is "
+            "incomplete, or a model for another task"
+        )
+    if quantize == "4bit":
+        _keep_trainable(model)
+    return model, sorted(found["unexpected_keys"])
+
+
+def _how(where: str, config: Any, place: torch.device, dtype: torch.dtype, quantize: str | None) -> dict[str, Any]:
+    """Arguments for transformers: dtype, quantization, and where a quantized model is made."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise LorakitError(f"{where} is an encoder with a decoder ({config.model_type}), and no causal language model")
+    how: dict[str, Any] = {"dtype": dtype}
+    stored = getattr(config, "quantization_config", None)
+    if quantize is not None:
+        if stored is not None:
+            raise LorakitError(f"{where} is stored quantized already: leave quantize away")
+        how["quantization_config"] = _quantization(quantize, dtype)
+    if quantize is not None or stored is not None:
+        how["device_map"] = {"": place}
+    return how
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:
+        raise _unusable(f"{quantize} needs bitsandbytes: pip install 'lorakit[quant]'", error) from None
+    from transformers import BitsAndBytesConfig
+
+    made: Any = BitsAndBytesConfig
+    if quantize == "8bit":
+        return made(load_in_8bit=True)
+    return made(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_trainable(model: torch.nn.Module) -> None:
+    """On some CPUs a layer would repack its weight at the first call in `eval()`, with loss, and never train again."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _check_causal(where: str, model: Any) -> None:
+    """Encoders load as decoders too, with an attention that sees what comes next: two inputs tell."""
+    if getattr(model.config, "is_decoder", True):
+        return
+    model.eval()
+    ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
+    first = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
+        raise LorakitError(
+            f"{where} is no causal language model: in this {model.config.model_type} a token sees those after it"
+        )
+
+
+def _complete(tokenizer: Any, model: Any) -> None:
+    """Give the tokenizer an end of text, if the config knows one, and a pad token, which is always masked."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id is None:
+        stated = getattr(model.generation_config, "eos_token_id", None) or getattr(model.config, "eos_token_id", None)
+        number = stated[0] if isinstance(stated, list) and stated else stated
+        if isinstance(number, int) and 0 <= number < min(size, len(tokenizer)):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
+        candidates = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
+        number = next(id for id in candidates if id is not None and id < size)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _unusable(what: str, error: Exception) -> LorakitError:
+    """One message of an error of transformers', whose own may have a hundred lines: its first paragraph."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
+    said = " ".join(text.split("\n\n")[0].split())
+    return LorakitError(f"{what} ({said[:400]}{'…' if len(said) > 400 else ''})")
