@@ -287,7 +287,8 @@ def _check_causal(where: str, model: Any) -> None:
 def _complete(tokenizer: Any, model: Any) -> None:
     """Give the tokenizer an end of text, if the config knows one, and a pad token, which is always masked."""
     size = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= size:
+        tokenizer.eos_token = None  # a class of tokenizers may add one that this model never had
         stated = getattr(model.generation_config, "eos_token_id", None) or getattr(model.config, "eos_token_id", None)
         number = stated[0] if isinstance(stated, list) and stated else stated
         if isinstance(number, int) and 0 <= number < min(size, len(tokenizer)):
