@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,18 +71,13 @@ def open_base(
             cannot be on that device or in that form.
     """
     where = os.path.expanduser(os.fspath(where))
-    if not where:
-        raise LorakitError("which model? Give a directory or a hub id")
     if dtype not in ("auto", *DTYPES):
         raise LorakitError(f"dtype={dtype!r} must be auto, {', '.join(DTYPES)}")
     if quantize not in (None, "4bit", "8bit"):
         raise LorakitError(f"quantize={quantize!r} must be 4bit or 8bit, or left away")
     place = device_named(device)
-    kind = _dtype_on(place) if dtype == "auto" else DTYPES[dtype]
-    local = _is_local(where)
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if local or not _hub_is_near():
-        source["local_files_only"] = True
+    kind = dtype_on(place) if dtype == "auto" else DTYPES[dtype]
+    local, source = _source(where, revision, trust_remote_code)
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = _config(where, local, source)
@@ -92,6 +88,46 @@ def open_base(
         warnings.warn(f"{where} holds what no {type(model).__name__} has: {_some(unused)}", stacklevel=2)
     _complete(tokenizer, model)
     return Base(model.eval(), tokenizer, where)
+
+
+def open_outline(where: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+    """The same without its weights, which are not read: a model of shapes on `meta`, and the tokenizer.
+
+    Raises:
+        LorakitError: there is no such model, or it is no causal language model.
+    """
+    where = os.path.expanduser(os.fspath(where))
+    local, source = _source(where, revision, trust_remote_code)
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        config = _config(where, local, source)
+        tokenizer = _tokenizer(where, source)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise _unusable(f"{where} is a {config.model_type}, which is no causal language model", error) from None
+        with suppress(OSError):  # not every model has one
+            model.generation_config = GenerationConfig.from_pretrained(where, **_of_hub(source))
+    _complete(tokenizer, model)
+    return Base(model.eval(), tokenizer, where)
+
+
+def _source(where: str, revision: str | None, trust_remote_code: bool) -> tuple[bool, dict[str, Any]]:
+    """Whether it is a directory, and the arguments that say where from."""
+    if not where:
+        raise LorakitError("which model? Give a directory or a hub id")
+    local = _is_local(where)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if local or not _hub_is_near():
+        source["local_files_only"] = True
+    return local, source
+
+
+def _of_hub(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in source.items() if name != "trust_remote_code" and value is not None}
 
 
 def device_named(device: str) -> torch.device:
@@ -123,8 +159,8 @@ def device_named(device: str) -> torch.device:
     return torch.device(place.type, number)
 
 
-def _dtype_on(place: torch.device) -> torch.dtype:
-    """Bfloat16 where it is computed in; else float32, as float16 overflows in training."""
+def dtype_on(place: torch.device) -> torch.dtype:
+    """The dtype that "auto" is there: bfloat16 where it is computed in; else float32, as float16 overflows in training."""
     if place.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if place.type == "xpu" else torch.float32
