@@ -12,6 +12,7 @@ from lorakit.cli.convert import convert
 from lorakit.cli.digits import digits
 from lorakit.cli.inspect import inspect
 from lorakit.cli.svd import svd
+from lorakit.cli.train import ANY_WORDS, init, train
 from lorakit.errors import LorakitError
 
 STOPPED = 130  # what a shell gives for Ctrl-C
@@ -40,6 +41,8 @@ def _root(
 
 for command in (inspect, compare, combine, resize, extract, merge, convert, svd, digits):
     app.command()(command)
+for command in (init, train):
+    app.command(context_settings=ANY_WORDS)(command)
 
 
 def main() -> None:

@@ -1,0 +1,172 @@
+"""Settings as the arguments of transformers' Trainer, and the numbers that follow from them and the data."""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lorakit.errors import LorakitError
+from lorakit.finetune.settings import Settings
+
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+_WIDE = 4096
+_RATE = 2e-4
+"""The rate that the QLoRA paper found for models of this width (arXiv:2305.14314, table 9)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is and when what happens, in optimizer steps."""
+
+    steps: int
+    steps_an_epoch: int
+    examples_a_step: int
+    eval_every: int | None
+    save_every: int
+    learning_rate: float
+
+
+def processes() -> int:
+    """How many processes train together, as their launcher says."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def schedule_of(settings: Settings, rows: int, validation: int, width: int) -> Schedule:
+    """The schedule for so many rows of training data and a model of this width."""
+    batches = math.ceil(math.ceil(rows / processes()) / settings.batch_size)
+    each = max(1, math.ceil(batches / settings.accumulation))
+    steps = settings.steps if settings.steps is not None else math.ceil(settings.epochs * each)
+    tenth = max(1, math.ceil(steps / 10))
+    eval_every = (settings.eval_every or tenth) if validation else None
+    save_every = settings.save_every or eval_every or tenth
+    return Schedule(
+        steps,
+        each,
+        settings.batch_size * settings.accumulation * processes(),
+        eval_every,
+        save_every,
+        auto_rate(width) if settings.learning_rate == "auto" else settings.learning_rate,
+    )
+
+
+def auto_rate(width: int) -> float:
+    """2e-4 for a model 4096 wide, and more for narrower ones: 2e-4·√(4096/width), to two digits."""
+    return float(f"{_RATE * math.sqrt(_WIDE / width):.1e}")
+
+
+def width_of(config: Any) -> int:
+    """The width of a model's residual stream."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("hidden_size", "n_embd", "d_model", "dim"):
+        if isinstance(getattr(text, name, None), int):
+            return int(getattr(text, name))
+    return _WIDE
+
+
+def context_of(config: Any) -> int | None:
+    """The longest text that a model was made for, in tokens; None if it has no bound."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        if isinstance(getattr(text, name, None), int):
+            return int(getattr(text, name))
+    return None
+
+
+def length_of(settings: Settings, config: Any) -> int:
+    """How long examples may be.
+
+    Raises:
+        LorakitError: longer ones were asked for than the model has positions.
+    """
+    context = context_of(config)
+    if settings.max_length is None:
+        return min(1024, context or 1024)
+    if context is not None and settings.max_length > context:
+        raise LorakitError(f"max_length: {settings.max_length} is more than the model's context of {context}")
+    return settings.max_length
+
+
+def arguments_of(settings: Settings, schedule: Schedule, folder: Path, device: torch.device) -> TrainingArguments:
+    """The arguments of the Trainer.
+
+    Raises:
+        LorakitError: `trainer:` has an argument that is unknown or that a setting decides, or one that the Trainer
+            refuses; an optimizer or a tracker is unknown or not installed.
+    """
+    check_trackers(settings.report_to)
+    own: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.eval_batch_size or settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "max_steps": schedule.steps,
+        "learning_rate": schedule.learning_rate,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.clip,
+        "optim": "adamw_torch_fused" if settings.optimizer == "adamw" else settings.optimizer,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_strategy": "steps",
+        "logging_steps": settings.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it hides what must stop the run
+        "eval_strategy": "steps" if schedule.eval_every else "no",
+        "eval_steps": schedule.eval_every,
+        "save_strategy": "steps",
+        "save_steps": schedule.save_every,
+        "metric_for_best_model": "loss" if schedule.eval_every else None,
+        "greater_is_better": False,
+        "report_to": list(settings.report_to),
+        "run_name": settings.name,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": device.type == "cpu",
+        "fp16": settings.dtype == "float16" and device.type == "cuda",
+        "dataloader_pin_memory": device.type == "cuda",
+        "include_num_input_tokens_seen": "no",
+        "log_level": "error",
+    }
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in settings.trainer:
+        if name in own:
+            raise LorakitError(f"trainer.{name}: a setting of lorakit decides that; see `lorakit train --help`")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise LorakitError(f"trainer.{name}: transformers' TrainingArguments has no such argument{hint}")
+    try:
+        return TrainingArguments(**{**own, **settings.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        if "OptimizerNames" in str(error):
+            near = difflib.get_close_matches(settings.optimizer, _optimizers(), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise LorakitError(f"optimizer: transformers knows no {settings.optimizer!r}{hint}") from None
+        raise LorakitError(f"transformers refuses these arguments: {error}") from None
+
+
+def _optimizers() -> list[str]:
+    from transformers.training_args import OptimizerNames
+
+    return ["adamw", *(str(each.value) for each in OptimizerNames)]
+
+
+def check_trackers(names: list[str]) -> None:
+    """Whether each tracker is known and installed.
+
+    Raises:
+        LorakitError: one is not.
+    """
+    for name in names:
+        if name not in _TRACKERS:
+            raise LorakitError(f"report_to: there is no {name!r}; choose of {', '.join(_TRACKERS)}")
+        if not any(importlib.util.find_spec(package) for package in _TRACKERS[name]):
+            raise LorakitError(f"report_to: {name} is not installed; pip install {_TRACKERS[name][0]}")

@@ -1,0 +1,87 @@
+"""The Trainer of a run, with all that hangs on it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PrinterCallback
+
+from lorakit.budget import RankBudget
+from lorakit.finetune.arguments import arguments_of, context_of
+from lorakit.finetune.data import collate
+from lorakit.finetune.directory import RunDirectory
+from lorakit.finetune.preparation import Prepared
+from lorakit.finetune.progress import Line
+from lorakit.finetune.record import Metrics
+from lorakit.finetune.samples import Sample, continued, prompts_of
+from lorakit.finetune.stopping import Stopper
+from lorakit.finetune.trainer import AdapterTrainer
+from lorakit.finetune.watching import Watch
+
+
+class Examples(Dataset[Any]):
+    """Examples in memory."""
+
+    def __init__(self, examples: Sequence[Any]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.examples[index]
+
+
+def build(
+    prepared: Prepared, directory: RunDirectory, line: Line, metrics: Metrics | None, stopper: Stopper
+) -> tuple[AdapterTrainer, Watch]:
+    """The Trainer, ready to train, and who watches it.
+
+    Raises:
+        LorakitError: an argument, an optimizer or a tracker is unknown.
+    """
+    settings, schedule, base = prepared.settings, prepared.schedule, prepared.base
+    arguments = arguments_of(settings, schedule, directory.checkpoints, base.model.device)
+    watch = Watch(line, metrics, stopper, lambda: [], settings.patience)
+    trainer = AdapterTrainer(
+        settings=settings,
+        name=prepared.name,
+        folder=directory.checkpoints,
+        model=base.model,
+        args=arguments,
+        train_dataset=Examples(prepared.data.train),
+        eval_dataset=Examples(prepared.data.validation) if prepared.data.validation else None,
+        data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    watch.trainer = trainer
+    if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
+        watch.sampled = _sampled(prepared)
+    if settings.method == "adalora":
+        target = settings.target_rank if settings.target_rank is not None else settings.rank / 2
+        steps = max(schedule.steps, 4)
+        trainer.budget = RankBudget(
+            base.model,
+            target,
+            steps,
+            warmup=steps // 10,
+            final=steps // 4,
+            every=max(1, steps // 100),
+            name=prepared.name,
+        )
+    return trainer, watch
+
+
+def _sampled(prepared: Prepared) -> Any:
+    settings, base = prepared.settings, prepared.base
+    context = context_of(base.model.config)
+    length = settings.sample_length if context is None else min(settings.sample_length, context // 2)
+    room = 2**20 if context is None else context - length
+    prompts = prompts_of(settings.samples, prepared.data.rows, base.tokenizer, settings.template, room)
+
+    def sampled() -> list[Sample]:
+        return continued(base.model, base.tokenizer, prompts, length)
+
+    return sampled

@@ -1,0 +1,293 @@
+"""Generation: several prompts and several adapters in one batch, by transformers' `generate`."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.finetune.base import Base
+from lorakit.finetune.generation_steps import Choose, Ended, Row, Sampling, Watch, seed_of
+from lorakit.finetune.generation_text import TextStream
+from lorakit.finetune.quiet import quiet_transformers
+from lorakit.resident import adapters
+from lorakit.switch import active, disabled, per_row
+
+Chosen = str | Mapping[str, float] | None
+"""Which adapter writes: a name, names with strengths, or None for the base alone."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and who continues it."""
+
+    tokens: tuple[int, ...]
+    adapter: Chosen = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request.
+
+    Attributes:
+        text: the continuation, without the prompt, the end and the stop string.
+        tokens: its tokens, without the end of text.
+        ended: "end" of the text, a "stop" string, or "length".
+        seconds: from the start of its batch.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended: Ended
+    seconds: float
+
+
+def generate(
+    base: Base,
+    requests: Sequence[Request],
+    sampling: Sampling | None = None,
+    *,
+    batch_size: int = 16,
+    heard: Callable[[int, str], None] | None = None,
+    finished: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """Continue prompts, each with its own adapter, in batches of any mixture.
+
+    What a request becomes does not depend on the others in its batch, but for rounding: rows are padded on the left
+    and masked, and noise is drawn for each by itself. Where a batch cannot mix adapters (one acts in a weight, which
+    all rows share; strengths are given; a layer sees the batch in another way), one adapter comes after the other.
+
+    Args:
+        base: what `open_base` gave, with its adapters loaded.
+        requests: prompts as tokens, and who continues them.
+        sampling: how tokens are chosen; by default the most probable, 256 at most.
+        batch_size: requests at once.
+        heard: called with a request's number and each new piece of its text, as it comes.
+        finished: called with a request's number and its answer, batch by batch.
+
+    Returns:
+        The answers, in the order of the requests.
+
+    Raises:
+        LorakitError: an unknown adapter, a prompt that is empty, fills the context or has tokens that the model does
+            not know, or the model computes NaN.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise LorakitError(f"batch_size={batch_size!r} must be 1 or more")
+    _check(base, requests)
+    seeds = _seeds(requests, sampling)
+    answers: dict[int, Answer] = {}
+
+    def run(indices: Sequence[int], choose: Callable[[list[Chosen]], AbstractContextManager[None]]) -> None:
+        for batch in _batches(base.model, [i for i in indices if i not in answers], requests, batch_size):
+            listen = None if heard is None else lambda row, piece, batch=batch: heard(batch[row], piece)
+            mine = [requests[i] for i in batch]
+            with choose([request.adapter for request in mine]):
+                found = _batch(base, mine, sampling, [seeds[i] for i in batch], listen)
+            for i, answer in zip(batch, found, strict=True):
+                answers[i] = answer
+                if finished is not None:
+                    finished(i, answer)
+
+    model = base.model
+    with _ready(model):
+        groups = _groups(requests)
+        if len(groups) > 1 and unmixable(model, [request.adapter for request in requests]) is None:
+            try:
+                run(range(len(requests)), lambda chosen: per_row(model, chosen))  # type: ignore[arg-type]
+            except LorakitError:
+                pass  # some layer does not see the rows; what is missing comes one adapter after the other
+        for indices in groups:
+            run(indices, lambda chosen: acting(model, chosen[0]))
+    return [answers[i] for i in range(len(requests))]
+
+
+def unmixable(model: nn.Module, chosen: Sequence[Chosen]) -> str | None:
+    """Why these adapters cannot act in one batch, each on its rows; None if they can, as far as can be told."""
+    if any(isinstance(each, Mapping) for each in chosen):
+        return "several adapters with strengths act on all rows"
+    try:
+        with per_row(model, list(chosen)):  # type: ignore[arg-type]
+            return None
+    except LorakitError as error:
+        return str(error)
+
+
+def acting(model: nn.Module, chosen: Chosen) -> AbstractContextManager[None]:
+    """Inside, this adapter acts, or the base alone."""
+    if chosen is None:
+        return disabled(model) if adapters(model) else nullcontext()
+    return active(model, chosen)
+
+
+def context_of(model: Any) -> int | None:
+    """How many tokens the model sees at most; None if its config does not say."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        number = getattr(config, name, None)
+        if isinstance(number, int) and number > 0:
+            return number
+    return None
+
+
+def ends_of(base: Base) -> frozenset[int]:
+    """The tokens that end a text: those of the tokenizer, of the model's configs, and of a turn in its chat template."""
+    found: set[int] = set()
+    configs = (base.model.generation_config, base.model.config)
+    for stated in (base.tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
+        found.update(stated if isinstance(stated, list | tuple) else [stated] if isinstance(stated, int) else [])
+    turn = _end_of_turn(base.tokenizer)
+    return frozenset(found if turn is None else {*found, turn})
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token after an answer in the chat template, such as <|im_end|>."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    mark = "lorakit"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may refuse anything; it then names no end
+        return None
+    _, found, rest = text.rpartition(mark)
+    tokens = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found and rest.strip() else []
+    return tokens[0] if tokens and tokens[0] in tokenizer.all_special_ids else None
+
+
+def _check(base: Base, requests: Sequence[Request]) -> None:
+    known = adapters(base.model)
+    rows, context = base.model.get_input_embeddings().weight.shape[0], context_of(base.model)
+    for i, request in enumerate(requests):
+        names = [request.adapter] if isinstance(request.adapter, str) else list(request.adapter or ())
+        for name in names:
+            if name not in known:
+                there = f"there are {', '.join(known)}" if known else "none is loaded"
+                raise LorakitError(f"there is no adapter {name!r}: {there}")
+        if not request.tokens:
+            raise LorakitError(f"prompt {i + 1} is empty, and the tokenizer has no token to begin a text with")
+        if max(request.tokens) >= rows:
+            raise LorakitError(
+                f"the tokenizer gives token {max(request.tokens)}, and the model has {rows}: they do not belong together"
+            )
+        if context is not None and len(request.tokens) >= context:
+            raise LorakitError(
+                f"prompt {i + 1} has {len(request.tokens)} tokens, which leaves no room in the model's context of {context}"
+            )
+
+
+def _seeds(requests: Sequence[Request], sampling: Sampling) -> list[int]:
+    seed = torch.seed() if sampling.seed is None and sampling.temperature > 0 else sampling.seed or 0
+    repeats: Counter[tuple[Any, ...]] = Counter()
+    seeds = []
+    for request in requests:
+        who = tuple(request.adapter.items()) if isinstance(request.adapter, Mapping) else request.adapter
+        key = request.tokens, who
+        seeds.append(seed_of(seed, request.tokens, repeats[key]))
+        repeats[key] += 1
+    return seeds
+
+
+def _groups(requests: Sequence[Request]) -> list[list[int]]:
+    """The requests of each choice."""
+    groups: dict[Any, list[int]] = {}
+    for i, request in enumerate(requests):
+        chosen = request.adapter
+        groups.setdefault(tuple(chosen.items()) if isinstance(chosen, Mapping) else chosen, []).append(i)
+    return list(groups.values())
+
+
+def _batches(model: Any, indices: Sequence[int], requests: Sequence[Request], size: int) -> Iterator[list[int]]:
+    """The longest prompts first: what does not fit in memory fails at once, and little is padding."""
+    ordered = sorted(indices, key=lambda i: -len(requests[i].tokens))
+    while ordered:
+        batch = ordered[:size]
+        length = len(requests[batch[0]].tokens)
+        if length != len(requests[batch[-1]].tokens) and not _pads(model):
+            batch = [i for i in batch if len(requests[i].tokens) == length]
+        yield batch
+        ordered = ordered[len(batch) :]
+
+
+_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _pads(model: Any) -> bool:
+    """Whether padding on the left changes nothing for this model, found by trying: for a recurrent one it may."""
+    if model not in _padding:
+        tokens = [i % model.get_input_embeddings().weight.shape[0] for i in (5, 7, 11)]
+        with disabled(model) if adapters(model) else nullcontext():
+            alone, padded = (_next_logits(model, tokens, more) for more in (0, 3))
+        _padding[model] = bool((alone - padded).abs().max() <= 0.02 * alone.std() + 1e-4)
+    return _padding[model]
+
+
+def _next_logits(model: Any, tokens: list[int], padding: int) -> Tensor:
+    ids = torch.tensor([[0] * padding + tokens], device=model.device)
+    mask = torch.tensor([[0] * padding + [1] * len(tokens)], device=model.device)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+    )
+    logits: Tensor = out.logits[0][0]
+    return logits.float()
+
+
+@contextmanager
+def _ready(model: Any) -> Iterator[None]:
+    """In `eval()` and without the model's own settings of generation, which would act beside those given here."""
+    from transformers import GenerationConfig
+
+    mode, own = model.training, model.generation_config
+    plain = GenerationConfig(do_sample=False, num_beams=1, use_cache=True, pad_token_id=0)
+    plain.bos_token_id = getattr(own, "bos_token_id", None)
+    model.generation_config = plain
+    model.eval()
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        model.generation_config = own
+        model.train(mode)
+
+
+def _batch(
+    base: Base,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    heard: Callable[[int, str], None] | None,
+) -> list[Answer]:
+    lengths = [len(request.tokens) for request in requests]
+    longest, context = max(lengths), context_of(base.model)
+    ids = torch.full((len(requests), longest), base.tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for i, request in enumerate(requests):
+        ids[i, longest - lengths[i] :] = torch.tensor(request.tokens)
+        mask[i, longest - lengths[i] :] = 1
+    limits = [
+        sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - length)
+        for length in lengths
+    ]
+    rows = [
+        Row(TextStream(base.tokenizer, request.tokens, sampling.stop), limit)
+        for request, limit in zip(requests, limits, strict=True)
+    ]
+    watch = Watch(rows, ends_of(base), heard, eager=bool(sampling.stop))
+    config = copy.deepcopy(base.model.generation_config)
+    config.max_new_tokens = max(limits)
+    generate: Any = base.model.generate
+    generate(
+        input_ids=ids.to(base.model.device),
+        attention_mask=mask.to(base.model.device),
+        generation_config=config,
+        logits_processor=[Choose(sampling, lengths, seeds)],
+        stopping_criteria=[watch],
+    )
+    return [Answer(row.stream.text, tuple(row.tokens), row.ended or "length", row.seconds) for row in rows]

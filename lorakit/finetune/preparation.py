@@ -1,0 +1,192 @@
+"""Everything that a run needs before its first step: data in tokens, the base with its adapter, and a schedule."""
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import set_seed
+
+from lorakit.errors import LorakitError
+from lorakit.finetune.arguments import Schedule, check_trackers, length_of, processes, schedule_of, width_of
+from lorakit.finetune.base import Base, device_named, open_base
+from lorakit.finetune.checkpoints import ADAPTER
+from lorakit.finetune.data import Encoded, Rows, check_packing, collate, encode, pack, read_rows, split_off
+from lorakit.finetune.directory import RunDirectory, adapter_name
+from lorakit.finetune.methods import adapt, variant_of
+from lorakit.finetune.progress import Line
+from lorakit.finetune.settings import Settings
+from lorakit.plan import Plan
+
+_START = 16
+"""Batches that a start from data is computed from."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run.
+
+    Attributes:
+        train: to train on; packed rows if that was asked for.
+        validation: to judge by, one example a row.
+        rows: the rows of the validation data, for prompts.
+        report: what was read, cut and dropped, as text.
+        tokens: of the training data: all, and those that are trained on.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    rows: Rows
+    report: str
+    tokens: tuple[int, int]
+    longest: int
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is made of."""
+
+    settings: Settings
+    name: str
+    base: Base
+    plan: Plan
+    data: Data
+    schedule: Schedule
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_data(settings: Settings) -> tuple[Rows, Rows]:
+    """The rows to train on, and those to judge by.
+
+    Raises:
+        LorakitError: rows are wrong, all of which are named, or none is left to train on.
+    """
+    rows = read_rows(settings.data, columns=settings.columns, split=settings.split)
+    share = settings.validation
+    if isinstance(share, str):
+        return rows, read_rows(share, columns=settings.columns)
+    if not share:
+        return rows, rows[:0]
+    if len(rows) < 2:
+        raise LorakitError(
+            f"{settings.data} has one row, of which none can be split off: validation=null, or more data"
+        )
+    return split_off(rows, share, settings.seed)
+
+
+def encode_data(settings: Settings, rows: tuple[Rows, Rows], tokenizer: Any, length: int) -> Data:
+    """The rows as tokens.
+
+    Raises:
+        LorakitError: nothing is left to train on, or an example is too long and that is to be an error.
+    """
+    how = {"truncation": settings.truncation, "train_on": settings.train_on, "template": settings.template}
+    train = encode(rows[0], tokenizer, max_length=length, **how)  # type: ignore[arg-type]
+    validation = encode(rows[1], tokenizer, max_length=length, **how) if len(rows[1]) else None  # type: ignore[arg-type]
+    if not train.examples:
+        raise LorakitError(f"nothing is left to train on: {train.report}")
+    report = f"{train.report}" + (f"\nvalidation: {validation.report}" if validation is not None else "")
+    return Data(
+        pack(train, length) if settings.packing else train.examples,
+        [] if validation is None else validation.examples,
+        rows[1] if len(rows[1]) else rows[0],
+        report,
+        (train.report.tokens, train.report.trained),
+        train.report.longest,
+        train,
+    )
+
+
+def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared:
+    """Read, load and attach.
+
+    Raises:
+        LorakitError: anything is wrong; nothing was written.
+    """
+    name = adapter_name(settings)
+    device_named(settings.device)
+    check_trackers(list(settings.report_to))
+    variant_of(settings)
+    rows = read_data(settings)
+    base = open_base(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        attention=settings.attention,
+    )
+    data = encode_data(settings, rows, base.tokenizer, length_of(settings, base.model.config))
+    line.say(data.report)
+    if settings.packing:
+        check_packing(base.model)
+        line.say(f"packed: {len(data.encoded.examples):,} examples in {len(data.train):,} rows")
+    schedule = schedule_of(settings, len(data.train), len(data.validation), width_of(base.model.config))
+    plan = attach(settings, base, data, name, directory.resume)
+    share = f"{plan.percent:.3g}% of the base's {plan.base_parameters:,}"
+    line.say(f"adapter {name!r}: {plan.variant} on {len(plan.rows)} weights, {plan.parameters:,} numbers, {share}")
+    resolved = settings.model_copy(update={"name": name, "out": str(directory.path)})
+    facts = {"data": digest(data.train), "validation": digest(data.validation), "processes": processes()}
+    return Prepared(resolved, name, base, plan, data, schedule, facts)
+
+
+def attach(settings: Settings, base: Base, data: Data, name: str, resume: Path | None) -> Plan:
+    """A new adapter, drawn from the seed; or that of a checkpoint.
+
+    Raises:
+        LorakitError: a target matches nothing, or the adapter is of another base.
+    """
+    if settings.gradient_checkpointing:
+        _checkpoint_gradients(base.model)
+    if settings.quantize is not None:
+        base.model._hf_peft_config_loaded = True  # what transformers asks before it trains over a quantized base
+    set_seed(settings.seed)
+    if resume is not None:
+        from_there = settings.model_copy(update={"start_from": str(resume / ADAPTER)})
+        return adapt(base.model, from_there, name)
+    needs = None if settings.start_from is not None else variant_of(settings).needs
+    batches = _start_batches(settings, base, data) if needs in ("inputs", "gradients") else None
+    original = None
+    if needs == "original":
+        original = open_base(settings.model, device=settings.device, dtype="float32", revision=settings.revision).model
+    return adapt(base.model, settings, name, batches=batches, loss=model_loss, original=original)
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss that a model of transformers computes from labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _start_batches(settings: Settings, base: Base, data: Data) -> list[dict[str, Tensor]]:
+    """The first batches of the training data, as the Trainer would collate them."""
+    size, pad = settings.batch_size, base.tokenizer.pad_token_id
+    starts = range(0, min(len(data.train), size * _START), size)
+    batches = [collate(data.train[start : start + size], pad) for start in starts]
+    return [{key: value.to(base.model.device) for key, value in batch.items()} for batch in batches]
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    """Layers compute their activations anew in the backward pass; this way needs no gradient of the input."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise LorakitError(f"gradient_checkpointing: a {type(model).__name__} cannot do that; leave it false")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def digest(examples: Sequence[Any]) -> str:
+    """Of the examples as they are trained on: 16 hex digits."""
+    found = hashlib.sha256()
+    for example in examples:
+        for part in (example.tokens, example.trained):
+            values = np.asarray(part, dtype=np.int32)
+            found.update(len(values).to_bytes(8, "little"))
+            found.update(values.tobytes())
+    return found.hexdigest()[:16]
