@@ -1,9 +1,10 @@
 """Generation: several prompts and several adapters in one batch, by transformers' `generate`."""
 
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -82,7 +83,7 @@ def generate(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise LorakitError(f"batch_size={batch_size!r} must be 1 or more")
     _check(base, requests)
-    seeds = _seeds(requests, sampling)
+    seeds, ends = _seeds(requests, sampling), ends_of(base)
     answers: dict[int, Answer] = {}
 
     def run(indices: Sequence[int], choose: Callable[[list[Chosen]], AbstractContextManager[None]]) -> None:
@@ -90,7 +91,7 @@ def generate(
             listen = None if heard is None else lambda row, piece, batch=batch: heard(batch[row], piece)
             mine = [requests[i] for i in batch]
             with choose([request.adapter for request in mine]):
-                found = _batch(base, mine, sampling, [seeds[i] for i in batch], listen)
+                found = _batch(base, mine, sampling, [seeds[i] for i in batch], ends, listen)
             for i, answer in zip(batch, found, strict=True):
                 answers[i] = answer
                 if finished is not None:
@@ -100,10 +101,9 @@ def generate(
     with _ready(model):
         groups = _groups(requests)
         if len(groups) > 1 and unmixable(model, [request.adapter for request in requests]) is None:
-            try:
+            # If some layer does not see the rows, what is missing comes below.
+            with suppress(LorakitError):
                 run(range(len(requests)), lambda chosen: per_row(model, chosen))  # type: ignore[arg-type]
-            except LorakitError:
-                pass  # some layer does not see the rows; what is missing comes one adapter after the other
         for indices in groups:
             run(indices, lambda chosen: acting(model, chosen[0]))
     return [answers[i] for i in range(len(requests))]
@@ -130,7 +130,7 @@ def acting(model: nn.Module, chosen: Chosen) -> AbstractContextManager[None]:
 def context_of(model: Any) -> int | None:
     """How many tokens the model sees at most; None if its config does not say."""
     config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
         number = getattr(config, name, None)
         if isinstance(number, int) and number > 0:
             return number
@@ -138,7 +138,7 @@ def context_of(model: Any) -> int | None:
 
 
 def ends_of(base: Base) -> frozenset[int]:
-    """The tokens that end a text: those of the tokenizer, of the model's configs, and of a turn in its chat template."""
+    """The tokens that end a text: of the tokenizer, of the model's configs, and of a turn in its chat template."""
     found: set[int] = set()
     configs = (base.model.generation_config, base.model.config)
     for stated in (base.tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
@@ -164,7 +164,8 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 
 def _check(base: Base, requests: Sequence[Request]) -> None:
     known = adapters(base.model)
-    rows, context = base.model.get_input_embeddings().weight.shape[0], context_of(base.model)
+    model: Any = base.model
+    rows, context = model.get_input_embeddings().weight.shape[0], context_of(model)
     for i, request in enumerate(requests):
         names = [request.adapter] if isinstance(request.adapter, str) else list(request.adapter or ())
         for name in names:
@@ -174,13 +175,13 @@ def _check(base: Base, requests: Sequence[Request]) -> None:
         if not request.tokens:
             raise LorakitError(f"prompt {i + 1} is empty, and the tokenizer has no token to begin a text with")
         if max(request.tokens) >= rows:
+            most = max(request.tokens)
             raise LorakitError(
-                f"the tokenizer gives token {max(request.tokens)}, and the model has {rows}: they do not belong together"
+                f"the tokenizer gives token {most}, and the model has {rows}: they do not belong together"
             )
         if context is not None and len(request.tokens) >= context:
-            raise LorakitError(
-                f"prompt {i + 1} has {len(request.tokens)} tokens, which leaves no room in the model's context of {context}"
-            )
+            size = len(request.tokens)
+            raise LorakitError(f"prompt {i + 1} has {size} tokens, which leaves no room in the context of {context}")
 
 
 def _seeds(requests: Sequence[Request], sampling: Sampling) -> list[int]:
@@ -245,7 +246,8 @@ def _ready(model: Any) -> Iterator[None]:
     from transformers import GenerationConfig
 
     mode, own = model.training, model.generation_config
-    plain = GenerationConfig(do_sample=False, num_beams=1, use_cache=True, pad_token_id=0)
+    make: Any = GenerationConfig
+    plain = make(do_sample=False, num_beams=1, use_cache=True, pad_token_id=0)
     plain.bos_token_id = getattr(own, "bos_token_id", None)
     model.generation_config = plain
     model.eval()
@@ -262,32 +264,37 @@ def _batch(
     requests: Sequence[Request],
     sampling: Sampling,
     seeds: Sequence[int],
+    ends: frozenset[int],
     heard: Callable[[int, str], None] | None,
 ) -> list[Answer]:
-    lengths = [len(request.tokens) for request in requests]
-    longest, context = max(lengths), context_of(base.model)
-    ids = torch.full((len(requests), longest), base.tokenizer.pad_token_id or 0)
+    context = context_of(base.model)
+    rows = []
+    for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+        room = sampling.max_new_tokens if context is None else context - len(request.tokens)
+        stream = TextStream(base.tokenizer, request.tokens, sampling.stop)
+        rows.append(Row(i, request.tokens, stream, min(sampling.max_new_tokens, room), seed))
+    begun = time.perf_counter()
+    while going := [row for row in rows if row.ended is None]:
+        # Until the first has no room left: then its positions would be beyond the context, and the others go on alone.
+        _steps(base, going, sampling, Watch(going, ends, heard, begun, eager=bool(sampling.stop)))
+    return [Answer(row.stream.text, tuple(row.tokens), row.ended or "length", row.seconds) for row in rows]
+
+
+def _steps(base: Base, rows: Sequence[Row], sampling: Sampling, watch: Watch) -> None:
+    given = [[*row.prompt, *row.tokens] for row in rows]
+    longest = max(map(len, given))
+    ids = torch.full((len(rows), longest), base.tokenizer.pad_token_id or 0)
     mask = torch.zeros_like(ids)
-    for i, request in enumerate(requests):
-        ids[i, longest - lengths[i] :] = torch.tensor(request.tokens)
-        mask[i, longest - lengths[i] :] = 1
-    limits = [
-        sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - length)
-        for length in lengths
-    ]
-    rows = [
-        Row(TextStream(base.tokenizer, request.tokens, sampling.stop), limit)
-        for request, limit in zip(requests, limits, strict=True)
-    ]
-    watch = Watch(rows, ends_of(base), heard, eager=bool(sampling.stop))
+    for i, tokens in enumerate(given):
+        ids[i, longest - len(tokens) :] = torch.tensor(tokens)
+        mask[i, longest - len(tokens) :] = 1
     config = copy.deepcopy(base.model.generation_config)
-    config.max_new_tokens = max(limits)
+    config.max_new_tokens = min(row.limit - len(row.tokens) for row in rows)
     generate: Any = base.model.generate
     generate(
         input_ids=ids.to(base.model.device),
         attention_mask=mask.to(base.model.device),
         generation_config=config,
-        logits_processor=[Choose(sampling, lengths, seeds)],
+        logits_processor=[Choose(sampling, rows, longest)],
         stopping_criteria=[watch],
     )
-    return [Answer(row.stream.text, tuple(row.tokens), row.ended or "length", row.seconds) for row in rows]

@@ -69,11 +69,9 @@ class Choose:
     Drawing from a softmax is taking the largest of the logits with Gumbel noise added; each row has noise of its own.
     """
 
-    def __init__(self, sampling: Sampling, lengths: Sequence[int], seeds: Sequence[int]) -> None:
-        self._sampling, self._lengths = sampling, lengths
-        self._padded = max(lengths)
-        # On the CPU: the same seed gives the same noise on every device.
-        self._noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds] if sampling.temperature > 0 else []
+    def __init__(self, sampling: Sampling, rows: Sequence["Row"], longest: int) -> None:
+        self._sampling, self._rows = sampling, rows
+        self._padding = [longest - len(row.prompt) - len(row.tokens) for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`input_ids` (n, t), padded on the left; `scores` (n, vocabulary), logits in float32."""
@@ -92,14 +90,14 @@ class Choose:
             scores = scores.masked_fill(scores < least, -torch.inf)
         if how.top_p < 1:
             scores = _nucleus(scores, how.top_p)
-        waits = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=own) for own in self._noise])
+        waits = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=row.noise) for row in self._rows])
         # The smallest positive number, so that no noise is infinite.
         return scores - waits.clamp_(min=torch.finfo(waits.dtype).tiny).log_().to(scores.device)
 
     def _penalized(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
-        for row, length in enumerate(self._lengths):
-            there = input_ids[row, self._padded - length :].unique()
+        for row, padding in enumerate(self._padding):
+            there = input_ids[row, padding:].unique()
             own = scores[row, there]
             penalty = self._sampling.repetition_penalty
             scores[row, there] = torch.where(own > 0, own / penalty, own * penalty)
@@ -119,13 +117,20 @@ class Row:
     """One row while it is written.
 
     Attributes:
+        number: which of the batch it is.
+        prompt: the tokens it begins with.
+        stream: its text.
+        limit: new tokens at most.
+        noise: what its tokens are drawn with.
         tokens: what it was given, without the end.
         ended: why it ended; None as long as it has not.
         seconds: from the start of the batch to its end.
     """
 
-    def __init__(self, stream: TextStream, limit: int) -> None:
-        self.stream, self.limit = stream, limit
+    def __init__(self, number: int, prompt: Sequence[int], stream: TextStream, limit: int, seed: int) -> None:
+        self.number, self.prompt, self.stream, self.limit = number, prompt, stream, limit
+        # On the CPU: the same seed gives the same noise on every device.
+        self.noise = torch.Generator("cpu").manual_seed(seed)
         self.tokens: list[int] = []
         self.ended: Ended | None = None
         self.seconds = 0.0
@@ -138,23 +143,30 @@ class Watch:
         rows: one for each row of the batch.
         ends: tokens that end a text.
         heard: called with a row's number and each new piece of its text; None if nobody listens.
+        begun: when the batch began.
         eager: whether text is needed at each step, to find stop strings.
     """
 
     def __init__(
-        self, rows: Sequence[Row], ends: frozenset[int], heard: Callable[[int, str], None] | None, *, eager: bool
+        self,
+        rows: Sequence[Row],
+        ends: frozenset[int],
+        heard: Callable[[int, str], None] | None,
+        begun: float,
+        *,
+        eager: bool,
     ) -> None:
-        self._rows, self._ends, self._heard, self._eager = rows, ends, heard, eager or heard is not None
-        self._begun = time.perf_counter()
+        self._rows, self._ends, self._heard, self._begun = rows, ends, heard, begun
+        self._eager = eager or heard is not None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **more: Any) -> Tensor:
         """`input_ids` (n, t), of which the last column is new; gives (n,), true for rows that are done."""
-        for i, (row, token) in enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True)):
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             if row.ended is None:
-                self._step(i, row, token)
+                self._step(row, token)
         return torch.tensor([row.ended is not None for row in self._rows], device=input_ids.device)
 
-    def _step(self, i: int, row: Row, token: int) -> None:
+    def _step(self, row: Row, token: int) -> None:
         piece = ""
         if token in self._ends:
             row.ended = "end"
@@ -165,11 +177,11 @@ class Watch:
             row.ended = "stop" if row.stream.stopped else "length" if len(row.tokens) == row.limit else None
         if row.ended is not None:
             row.seconds = time.perf_counter() - self._begun
-            piece += self.finish(row)
+            piece += self._rest(row)
         if piece and self._heard is not None:
-            self._heard(i, piece)
+            self._heard(row.number, piece)
 
-    def finish(self, row: Row) -> str:
+    def _rest(self, row: Row) -> str:
         """What is left to say of a row."""
         if not self._eager:
             for token in row.tokens:

@@ -1,6 +1,5 @@
 """The text of tokens as they come, one after the other."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +53,7 @@ class TextStream:
         whole = last or not new.endswith("\ufffd") or len(self._tokens) - self._read > _MOST_HELD
         if not whole or len(new) <= len(old):
             return
-        shared = len(old) if new.startswith(old) else len(os.path.commonprefix([old, new]))
+        shared = len(old) if new.startswith(old) else next(i for i in range(len(new)) if new[i] != old[i : i + 1])
         self._known += new[shared:]
         self._before, self._read = self._read, len(self._tokens)
 
