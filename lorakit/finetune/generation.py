@@ -3,7 +3,7 @@
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ class Answer:
 
     Attributes:
         text: the continuation, without the prompt, the end and the stop string.
-        tokens: its tokens, without the end of text.
+        tokens: its tokens, without the end of text; with those of a stop string.
         ended: "end" of the text, a "stop" string, or "length".
         seconds: from the start of its batch.
     """
@@ -54,6 +54,7 @@ def generate(
     requests: Sequence[Request],
     sampling: Sampling | None = None,
     *,
+    ends: Iterable[int] = (),
     batch_size: int = 16,
     heard: Callable[[int, str], None] | None = None,
     finished: Callable[[int, Answer], None] | None = None,
@@ -68,6 +69,7 @@ def generate(
         base: what `open_base` gave, with its adapters loaded.
         requests: prompts as tokens, and who continues them.
         sampling: how tokens are chosen; by default the most probable, 256 at most.
+        ends: tokens that end a text, beside those of `ends_of`.
         batch_size: requests at once.
         heard: called with a request's number and each new piece of its text, as it comes.
         finished: called with a request's number and its answer, batch by batch.
@@ -83,7 +85,7 @@ def generate(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise LorakitError(f"batch_size={batch_size!r} must be 1 or more")
     _check(base, requests)
-    seeds, ends = _seeds(requests, sampling), ends_of(base)
+    seeds, last = _seeds(requests, sampling), ends_of(base).union(ends)
     answers: dict[int, Answer] = {}
 
     def run(indices: Sequence[int], choose: Callable[[list[Chosen]], AbstractContextManager[None]]) -> None:
@@ -91,7 +93,7 @@ def generate(
             listen = None if heard is None else lambda row, piece, batch=batch: heard(batch[row], piece)
             mine = [requests[i] for i in batch]
             with choose([request.adapter for request in mine]):
-                found = _batch(base, mine, sampling, [seeds[i] for i in batch], ends, listen)
+                found = _batch(base, mine, sampling, [seeds[i] for i in batch], last, listen)
             for i, answer in zip(batch, found, strict=True):
                 answers[i] = answer
                 if finished is not None:
@@ -138,28 +140,12 @@ def context_of(model: Any) -> int | None:
 
 
 def ends_of(base: Base) -> frozenset[int]:
-    """The tokens that end a text: of the tokenizer, of the model's configs, and of a turn in its chat template."""
+    """The tokens that end a text, by the tokenizer and the model's configs."""
     found: set[int] = set()
     configs = (base.model.generation_config, base.model.config)
     for stated in (base.tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
         found.update(stated if isinstance(stated, list | tuple) else [stated] if isinstance(stated, int) else [])
-    turn = _end_of_turn(base.tokenizer)
-    return frozenset(found if turn is None else {*found, turn})
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token after an answer in the chat template, such as <|im_end|>."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    mark = "lorakit"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse anything; it then names no end
-        return None
-    _, found, rest = text.rpartition(mark)
-    tokens = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found and rest.strip() else []
-    return tokens[0] if tokens and tokens[0] in tokenizer.all_special_ids else None
+    return frozenset(found)
 
 
 def _check(base: Base, requests: Sequence[Request]) -> None:

@@ -1,0 +1,130 @@
+"""Adapters onto a base, each checked against it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach import remove
+from lorakit.errors import LorakitError
+from lorakit.exchange import read
+from lorakit.files import Verify, load
+from lorakit.finetune.base import DTYPES
+from lorakit.finetune.resolve import adapter_at
+from lorakit.fingerprint import fingerprint
+from lorakit.header import WeightEntry
+from lorakit.resident import adapters
+
+
+class Loaded(NamedTuple):
+    """An adapter on a base."""
+
+    name: str
+    note: str | None
+    """What is to be said of it."""
+
+
+def load_adapter(model: nn.Module, path: str | Path, name: str | None = None, verify: Verify = "sample") -> Loaded:
+    """Load an adapter beside those that are there; it becomes the active one.
+
+    A base in a wider dtype than in training (float32 here, bfloat16 there) is checked too, rounded to that.
+
+    Args:
+        model: the base's model.
+        path: an adapter of any format, a run directory, or a checkpoint of one.
+        name: what to call it; by default what its file does.
+        verify: as for `lorakit.load`.
+
+    Raises:
+        LorakitError: it cannot be read, does not fit, is of another base, or one of this name is there.
+    """
+    place = adapter_at(path)
+    note = None
+    if verify == "sample":
+        found = _in_other_dtype(model, place)
+        if found is not None:
+            verify, note = "off", found
+    before = set(adapters(model))
+    if name is not None and name in before:
+        raise LorakitError(f"an adapter {name!r} is loaded already: call this one otherwise (NAME=PATH)")
+    try:
+        load(model, place, name, verify=verify)
+    except LorakitError as error:
+        if verify != "off" and _loads(model, place):
+            raise LorakitError(
+                f"{error}\nThe base is not the one that this adapter was trained on, or has changed since: open that "
+                "one. If it is meant to act here, load it unchecked: --verify off"
+            ) from None
+        raise
+    (new,) = set(adapters(model)) - before
+    return Loaded(new, None if note is None else f"{new}: {note}")
+
+
+def load_adapters(model: nn.Module, given: Sequence[tuple[str | None, str | Path]], verify: Verify) -> list[Loaded]:
+    """Load several, in this order.
+
+    Raises:
+        LorakitError: one of them cannot be loaded.
+    """
+    return [load_adapter(model, path, name, verify) for name, path in given]
+
+
+def named_path(text: str) -> tuple[str | None, str]:
+    """(name, path) of NAME=PATH, or of a path alone.
+
+    Raises:
+        LorakitError: it is neither.
+    """
+    name, equals, path = text.partition("=")
+    if Path(text).expanduser().exists() or not equals:
+        return None, text
+    if not name.strip() or not path.strip():
+        raise LorakitError(f"{text!r} is no adapter: give NAME=PATH, or a path")
+    return name.strip(), path.strip()
+
+
+def _loads(model: nn.Module, place: Path) -> bool:
+    """Whether only the base's values are against it."""
+    name = "_"
+    while name in adapters(model):
+        name += "_"
+    try:
+        load(model, place, name, verify="off")
+    except LorakitError:
+        return False
+    remove(model, name)
+    return True
+
+
+def _in_other_dtype(model: nn.Module, place: Path) -> str | None:
+    """What is to be said if the base differs from that of training in its dtype; None if not, or in more than that."""
+    try:
+        entries = [weight.entry for weight in read(place).weights]
+    except LorakitError:
+        return None  # loading says what is wrong
+    widened, narrowed = False, False
+    for entry in entries:
+        here, there = _parameter(model, entry), DTYPES.get(entry.dtype or "")
+        if here is None or there is None or entry.sample is None or here.dtype not in DTYPES.values():
+            return None
+        if torch.promote_types(here.dtype, there) != here.dtype:
+            narrowed = True
+        elif fingerprint(here.detach().to(there)) != entry.sample:
+            return None
+        widened |= here.dtype != there
+    if narrowed:
+        return (
+            f"the base is in a narrower dtype than in training ({entries[0].dtype}), so it was not checked against it"
+        )
+    return f"the base is in a wider dtype than in training ({entries[0].dtype}), and else the same" if widened else None
+
+
+def _parameter(model: nn.Module, entry: WeightEntry) -> Tensor | None:
+    """The stored weight that an entry is of; None if there is none of this name and shape."""
+    try:
+        found = model.get_submodule(entry.path)._parameters.get(entry.parameter)
+    except AttributeError:
+        return None
+    return found if found is not None and tuple(found.shape) == entry.shape else None
