@@ -25,6 +25,7 @@ from lorakit.padding import pad
 from lorakit.peft.config import facts_of
 from lorakit.plan import Plan
 from lorakit.state import Site, State, check_addition, check_complete, one_name, require, unwrapped
+from lorakit.storage import one_writes
 from lorakit.values.adapter import Adapter, check_known
 from lorakit.variants.low_rank import checked_rank
 
@@ -76,7 +77,8 @@ def adapter_value(model: nn.Module, name: str | None = None) -> Adapter:
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
     """Write one adapter: a directory in PEFT's layout, or one file if `path` ends in ".safetensors".
 
-    A file appears whole or not at all; what was there before under the same name is replaced.
+    A file appears whole or not at all; what was there before under the same name is replaced. For a sharded model
+    (FSDP2) every process must call this: the shards are gathered, the first process writes, the others wait for it.
 
     Args:
         model: the model that was given to `attach`.
@@ -91,8 +93,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     mine = check_complete(root, state, name)
     header = Header(name, state.variants[name], _entries(root, mine, state, name, full=True))
     header = replace(header, facts=facts_of(header, root))
-    tensors = {key: whole(tensor) for key, tensor in _tensors(mine, state, name).items()}
-    write_files(native_files(header, tensors, root), path)
+    tensors = _tensors(mine, state, name)
+    files = native_files(header, {key: whole(tensor) for key, tensor in tensors.items()}, root)
+    with one_writes(tensors.values()) as mine_to_write:
+        if mine_to_write:
+            write_files(files, path)
 
 
 def _entries(root: nn.Module, mine: list[Site], state: State, name: str, full: bool = False) -> tuple[WeightEntry, ...]:

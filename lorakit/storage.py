@@ -5,8 +5,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,34 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         beside.mkdir()
         for name, content in files.items():
             write_whole(beside / name, content)
-        os.replace(beside, path)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            for name in files:  # another process has made it meanwhile
+                os.replace(beside / name, path / name)
         sync_directory(path.parent)
     except OSError as error:
         raise LorakitError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def one_writes(tensors: Iterable[Tensor]) -> Iterator[bool]:
+    """Whether this process is the one to write, of those that hold shards of a tensor; none goes on before it has.
+
+    Every one of them must come here. Where nothing is sharded, each process writes.
+    """
+    # Of DTensors, whose class is not imported here, since that takes longer than all of lorakit.
+    meshes = [mesh for mesh in dict.fromkeys(getattr(tensor, "device_mesh", None) for tensor in tensors) if mesh]
+    try:
+        yield all(not any(mesh.get_coordinate()) for mesh in meshes)  # the first along each axis
+    finally:
+        for mesh in meshes:
+            for group in mesh.get_all_groups():
+                torch.distributed.barrier(group)
 
 
 def sync_directory(path: Path) -> None:

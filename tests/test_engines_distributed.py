@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -78,6 +79,9 @@ def ddp(rank, folder, mode):
     model, x, *expected = prepared(mode)
     trains_as_one(rank, DistributedDataParallel(model), (x, *expected))
     assert lk.adapters(model)["default"].weights == ("0.weight", "2.weight")
+    for number in range(8):  # by both at once
+        lk.save(model, f"{folder}/saved{number}")
+        lk.read(f"{folder}/saved{number}")
     lk.detach(model)
     assert type(model[0]) is nn.Linear
 
@@ -105,11 +109,16 @@ def fsdp_save(rank, folder, mode):
         fully_shard(layer, mesh=mesh)
     for key, tensor in lk.adapter_state_dict(model).items():
         assert torch.equal(whole(tensor), wanted[key])
-    lk.save(model, f"{folder}/saved{rank}")
-    lk.detach(single)
-    lk.load(single, f"{folder}/saved{rank}")
-    for key, tensor in lk.adapter_state_dict(single).items():
-        assert torch.equal(tensor, wanted[key])
+    for path in ("a directory", "a file.safetensors", "a directory"):  # anew, anew, and in place of what is there
+        lk.save(model, f"{folder}/{path}")  # in every process, to one path
+        lk.detach(single)
+        lk.load(single, f"{folder}/{path}", "default")
+        for key, tensor in lk.adapter_state_dict(single).items():
+            assert torch.equal(tensor, wanted[key])
+    open(f"{folder}/in the way", "w").close()
+    with pytest.raises(lk.LorakitError, match="in the way") if rank == 0 else nullcontext():
+        lk.save(model, f"{folder}/in the way/adapter")
+    dist.barrier()
 
 
 def flat_ddp(rank, folder, bucket_view, by):
