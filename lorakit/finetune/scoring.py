@@ -74,7 +74,7 @@ def score(
     """
     nats, counts = [0.0] * len(examples), [0] * len(examples)
     mode, done = base.model.training, 0
-    base.model.eval()
+    base.model.train(False)
     try:
         with acting(base.model, chosen), torch.no_grad():
             for batch in _batches(base, examples, batch_size):
@@ -201,8 +201,7 @@ def ask(
         try:
             matched = bool(match(question.expected, answer.text))
         except Exception as error:
-            raise LorakitError(
-                f"{question.where}: comparing answers failed: {type(error).__name__}: {error}"
-            ) from error
+            said = f"{type(error).__name__}: {error}"
+            raise LorakitError(f"{question.where}: comparing answers failed: {said}") from error
         results.append(Result(question, answer.text, matched, answer))
     return results

@@ -1,0 +1,189 @@
+"""What the commands that use a language model share: options, opening it with its adapters, names of choices."""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorakit.errors import LorakitError, printable
+
+if TYPE_CHECKING:
+    from lorakit.finetune.base import Base
+    from lorakit.finetune.generation import Chosen
+    from lorakit.finetune.generation_prompts import Prompter
+    from lorakit.finetune.resolve import Resolved
+
+BASE = "base"
+"""What the base without an adapter is called."""
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory with a transformers model, a hub id, a run of `lorakit train`, or an adapter.",
+    ),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME=PATH", help="An adapter to load, or a run; may be given several times."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the base: float32, bfloat16, float16 or auto; by default as in the run.")
+]
+Quantize = Annotated[
+    str | None, typer.Option(help="The base in 4bit or 8bit, by bitsandbytes; by default as in the run.")
+]
+Revision = Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, …")]
+Verify = Annotated[
+    str, typer.Option(help="Whether adapters are checked against the base: sample, full (every byte) or off.")
+]
+Template = Annotated[
+    str | None,
+    typer.Option(help="For prompts: a name, a file or the template; by default as in the run, or the tokenizer's."),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without a template.")]
+BatchSize = Annotated[int, typer.Option(help="Rows at once.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens of an answer at most.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most probable token; 1 draws as the model says.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability together.")]
+TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 is all.")]
+Repetition = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, words that were there become rarer.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text before which to end; may be given several times.")]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base with its adapters, and how it is asked."""
+
+    base: "Base"
+    names: tuple[str, ...]
+    """The adapters, in the order in which they were given."""
+    prompter: "Prompter"
+    resolved: "Resolved"
+
+
+def open_model(
+    where: str,
+    adapters: Sequence[str] | None,
+    *,
+    device: str,
+    dtype: str | None,
+    quantize: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    attention: str | None,
+    verify: str,
+    template: str | None,
+    raw: bool,
+) -> Opened:
+    """Open a base, load its adapters, and say on stderr what is to be said of them.
+
+    What is not given is taken from the settings of the run, if the place is one; but never that code may run.
+
+    Raises:
+        LorakitError: the base or an adapter cannot be used.
+    """
+    if find_spec("transformers") is None:
+        raise LorakitError("transformers is not installed: pip install 'lorakit[llm]'")
+    if verify not in ("sample", "full", "off"):
+        raise LorakitError(f"--verify {verify!r} must be sample, full or off")
+    from lorakit.finetune.generation_adapters import load_adapter, named_path
+    from lorakit.finetune.resolve import kind_of, resolve
+
+    resolved = resolve(where)
+    given = [*((name, str(path)) for name, path in resolved.adapters.items()), *map(named_path, adapters or ())]
+    from lorakit.finetune.base import open_base
+    from lorakit.finetune.generation_prompts import prompter_of
+
+    settings = resolved.settings
+    names: list[str] = []
+    with noted():
+        base = open_base(
+            resolved.model,
+            device=device,
+            dtype=dtype or settings.get("dtype") or "auto",
+            quantize=quantize or settings.get("quantize"),
+            revision=revision or settings.get("revision"),
+            trust_remote_code=trust_remote_code,
+            attention=attention or settings.get("attention"),
+        )
+        for name, path in given:
+            own = "adapter" if name == BASE and path in map(str, resolved.adapters.values()) else name
+            loaded = load_adapter(base.model, path, own, verify)  # type: ignore[arg-type]
+            if loaded.name == BASE:
+                raise LorakitError(f"{BASE!r} is the base alone: call the adapter otherwise, NAME={path}")
+            names.append(loaded.name)
+            if loaded.note is not None:
+                warnings.warn(loaded.note, stacklevel=1)
+    prompter = prompter_of(
+        base, kind=None if raw else kind_of(resolved), template=template or settings.get("template"), raw=raw
+    )
+    return Opened(base, tuple(names), prompter, resolved)
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Inside, warnings become lines on stderr."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        yield
+    for text in dict.fromkeys(str(each.message) for each in found if issubclass(each.category, UserWarning)):
+        say(text)
+
+
+def say(text: str) -> None:
+    """A line on stderr, beside what is written to stdout."""
+    print(f"lorakit: {printable(text)}", file=sys.stderr)
+
+
+def chosen_of(text: str, names: Sequence[str], between: str) -> "Chosen":
+    """Which adapter a word means: "base", a name, or several names with strengths (sql=0.7+js=0.3).
+
+    Args:
+        text: the word.
+        names: of the adapters that are loaded.
+        between: what stands between two adapters that act together.
+
+    Raises:
+        LorakitError: it is none of these.
+    """
+    text = text.strip()
+    if text == BASE:
+        return None
+    if text in names:
+        return text
+    strengths: dict[str, float] = {}
+    for part in text.split(between):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        if name not in names:
+            there = ", ".join((*names, BASE))
+            raise LorakitError(f"there is no adapter {name!r}: there are {there}")
+        try:
+            strength = float(number) if equals else 1.0
+        except ValueError:
+            raise LorakitError(f"the strength of {name!r} must be a number, not {number!r}") from None
+        if name in strengths:
+            raise LorakitError(f"{text!r} names {name!r} twice")
+        strengths[name] = strength
+    return strengths
+
+
+def label_of(chosen: "Chosen") -> str:
+    """A choice as it is shown and given."""
+    if chosen is None:
+        return BASE
+    return chosen if isinstance(chosen, str) else "+".join(f"{name}={strength:g}" for name, strength in chosen.items())
+
+
+def shown(text: str) -> str:
+    """Text of a model, for a terminal: it may hold anything."""
+    return printable(text, keep="\n\t")
