@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_TAIL = 20
 _DATE = "26 Jul 2024"
 """What Llama's templates take for today where no date is given: the same tokens on every day that a run is resumed."""
 
@@ -44,6 +45,7 @@ class Chat:
             found = tokenizer.get_chat_template(self._text)
         except Exception as error:
             raise LorakitError(f"the tokenizer's chat template cannot be used: {error}") from None
+        self._compared = False
         self._marked = _MARK.search(found) is not None
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         # What ends a turn is among these.
@@ -62,10 +64,11 @@ class Chat:
             LorakitError: the template is no Jinja, or it is not to be told what the assistant says.
         """
         answered = messages[-1]["role"] == "assistant"
-        whole = self._render(messages, tools, ask=not answered)
+        whole, marks = self._whole(messages, tools, ask=not answered)
         trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
+        _check_all_there(messages, trained, whole)
         if self._marked:
-            spans = self._marked_spans(messages, tools, trained, whole, answered)
+            spans = self._marked_spans(messages, trained, whole, marks)
         else:
             found = self._spans(messages, tools, trained, whole)
             if found is None:
@@ -79,7 +82,8 @@ class Chat:
         """The last answer alone, after what it is generated from."""
         whole = self._render(messages, tools)
         spans = self._spans(messages, tools, [len(messages) - 1], whole)
-        assert spans is not None  # the whole is its own beginning
+        if spans is None:  # the whole is its own beginning: there is but nothing after it
+            raise BadRowError("the chat template writes nothing for the last answer")
         return self._turn(whole, spans, spans[-1][0])
 
     def _spans(
@@ -92,8 +96,11 @@ class Chat:
             said = whole if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
             if not said.startswith(asked):
                 raise LorakitError(_unlike(asked, said))
+            if i < len(messages) - 1 and not whole.startswith(self._ended(said)):
+                # Some templates end a text with the tokenizer's own token, after that of the turn.
+                said = said.removesuffix(self._tokenizer.eos_token or "")
             end = len(self._ended(said))
-            if not whole.startswith(said[:end]):
+            if end <= len(asked) or not whole.startswith(said[:end]):
                 return None
             spans.append((len(asked), end))
         return spans
@@ -103,27 +110,34 @@ class Chat:
         bare = said.rstrip()
         return bare if bare.endswith(self._ends) else said
 
-    def _marked_spans(
-        self, messages: Messages, tools: list[Any] | None, trained: list[int], whole: str, answered: bool
-    ) -> list[tuple[int, int]]:
-        """Where the template's marks begin and end, for the messages to train on, with the token that ends each."""
+    def _whole(self, messages: Messages, tools: list[Any] | None, ask: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The text of all messages, and where the template's marks in it begin and end."""
+        if not self._marked:
+            return self._render(messages, tools, ask), []
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template
         try:
             texts, found = render(
-                conversations=[list(messages)],
+                conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
                 tools=tools,
                 chat_template=self._tokenizer.get_chat_template(self._text),
                 return_assistant_tokens_mask=True,
-                add_generation_prompt=not answered,
+                add_generation_prompt=ask,
                 **{**self._tokenizer.special_tokens_map, "date_string": _DATE},
             )
         except Exception as error:
-            raise BadRowError(f"the chat template refuses it: {_line(error)}") from None
-        if texts[0] != whole:
+            raise _refused(error) from None
+        if not self._compared and texts[0] != self._render(messages, tools, ask):
             raise LorakitError("the chat template writes another text each time: what to train on cannot be told")
-        spans = [self._to_its_end(whole, start, end) for start, end in found[0] if end > start]
+        self._compared = True
+        return texts[0], found[0]
+
+    def _marked_spans(
+        self, messages: Messages, trained: list[int], whole: str, marks: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """What the template marks of the messages to train on, with the token that ends each."""
+        spans = [self._to_its_end(whole, start, end) for start, end in marks if end > start]
         said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(trained) < len(said):
             if len(spans) != len(said):
@@ -132,7 +146,7 @@ class Chat:
                     "cannot be told from the others: give rows as messages, or another template"
                 )
             spans = [span for i, span in zip(said, spans, strict=True) if i in trained]
-        if not spans and answered:
+        if not spans and trained:
             raise BadRowError("the chat template marks nothing in it as said by the assistant")
         return spans
 
@@ -168,8 +182,6 @@ class Chat:
         return Turn(tuple(pieces), answer, end_of_text, expected)
 
     def _render(self, messages: Messages, tools: list[Any] | None, ask: bool = False) -> str:
-        from jinja2 import TemplateSyntaxError
-
         try:
             apply: Any = self._tokenizer.apply_chat_template
             text = apply(
@@ -180,15 +192,32 @@ class Chat:
                 tokenize=False,
                 date_string=_DATE,
             )
-        except TemplateSyntaxError as error:
-            raise LorakitError(f"the chat template is no Jinja: {error}") from None
-        except Exception as error:  # whatever a template's own code runs into with these messages
-            raise BadRowError(f"the chat template refuses it: {_line(error)}") from None
+        except Exception as error:
+            raise _refused(error) from None
         return str(text)
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
+def _check_all_there(messages: Messages, trained: list[int], whole: str) -> None:
+    """Whether what is asked last and what is to be learnt is in the text: templates for images leave plain text out.
+
+    Raises:
+        BadRowError: it is not.
+    """
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"][-1:]
+    for i in (*asked, *trained):
+        content = messages[i].get("content") or ""
+        if content.strip()[-_TAIL:] not in whole:  # the end: templates cut thoughts from the beginning of answers
+            raise BadRowError(f"the chat template leaves out what message {i + 1} says")
+
+
+def _refused(error: Exception) -> Exception:
+    """What to raise for whatever a template's code ran into: it is the row's matter, unless no row could pass."""
+    from jinja2 import TemplateSyntaxError
+
+    line = (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
+    if isinstance(error, (TemplateSyntaxError, ImportError)):
+        return LorakitError(f"the chat template is no Jinja that can be used: {line}")
+    return BadRowError(f"the chat template refuses it: {line}")
 
 
 def _unlike(asked: str, said: str) -> str:

@@ -4,6 +4,7 @@ Nothing here loads the packages for data sets unless the source is one: files of
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -174,6 +175,7 @@ def _columns_of(records: Iterable[Record]) -> tuple[list[str], list[str]]:
 
 
 def refusal(source: str, bad: list[str]) -> str:
-    """The message that names bad rows."""
+    """The message that names bad rows, in the order of their lines."""
+    bad = sorted(bad, key=lambda line: re.sub(r"\d+", lambda digits: digits[0].zfill(12), line.partition(": ")[0]))
     what = "1 row" if len(bad) == 1 else f"{len(bad):,} rows"
     return "\n".join([f"{source}: {what} cannot be used; mend or remove:", *(f"  {line}" for line in bad)])
