@@ -1,6 +1,6 @@
 """A UNet and a transformer (SD3's) of diffusers, built small, learn to take the noise off handwritten threes.
 
-What the UNet learns is written as kohya's tools do, what the transformer learns as diffusers does; both load from there.
+What the UNet learns is written as kohya's tools do, what the transformer learns as diffusers does, and loads again.
 """
 
 import argparse
