@@ -21,7 +21,9 @@ _STEPS = 1000
 """Instructions of SQLite's machine between two looks at the clock."""
 _LENGTH = 100_000
 """Bytes of a query, or of a value that it makes."""
-_FUNCTIONS = frozenset({"count", "max", "min", "sum", "avg", "total", "abs", "round", "length", "lower", "upper", "like"})
+_FUNCTIONS = frozenset(
+    {"count", "max", "min", "sum", "avg", "total", "abs", "round", "length", "lower", "upper", "like"}
+)
 _READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ})
 _PIECE = re.compile(r'"([^"]*)"')
 _LAST_CLAUSE = re.compile(r"\border\s+by\b[^()]*(\([^()]*\)[^()]*)*;?\s*$", re.IGNORECASE)

@@ -43,7 +43,7 @@ def staff(counts: tuple[int, int, int], seed: int, fits: Callable[[Pair], bool])
     parts = apart(_one, counts, seed, fits)
     check = Check(company(seed))
     title = "question → SQL (generated, as the real sets are not at hand)"
-    return Task("sql", title, *parts, check, ("staff",), (check.about(parts[2]),))
+    return Task("sql", title, *parts, check, ("staff",), notes=(check.about(parts[2]),))
 
 
 def company(seed: int) -> sqlite3.Connection:

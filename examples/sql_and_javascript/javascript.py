@@ -7,7 +7,9 @@ a combination of steps that no chain to train on has; names, numbers and letters
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from examples.sql_and_javascript import node
 from examples.sql_and_javascript.pairs import Pair, Task, apart
 
 NUMBERS = ("prices", "scores", "ages", "counts", "sizes", "totals", "weights", "points", "rates", "levels")
@@ -98,8 +100,15 @@ VALUES = ("red", "open", "paris", "small", "anna", "new")
 def generated(counts: tuple[int, int, int], seed: int, fits: Callable[[Pair], bool]) -> Task:
     """Pairs to train on, for validation and to test; combinations of steps are apart."""
     parts = apart(_one, counts, seed, fits)
-    combinations = "no chain of steps to test is in the training part"
-    return Task("js", "instruction → JavaScript (generated)", *parts, None, ("javascript",), (combinations,))
+    title = "instruction → JavaScript (generated)"
+    note = "javascript: no chain of steps to test is in the training part"
+    if node.node() is None:
+        return Task("js", title, *parts, notes=(note, "javascript: there is no node here, so nothing of it was run"))
+    check = node.Check(world, seed)
+    check.learn([pair.completion for pair in parts[2]])
+    alike = sum(len(set(check.results[pair.completion])) == 1 for pair in parts[2])
+    note += f"; run by node in {node.WORLDS} sets of values, in which {alike} of the {len(parts[2])} give the same"
+    return Task("js", title, *parts, check, ("javascript",), check.learn, (note,))
 
 
 def _one(draw: random.Random) -> tuple[tuple[str, ...], Pair]:
@@ -138,3 +147,30 @@ def _drawn(draw: random.Random, step: Step) -> tuple[str, str]:
     for mark, value in values.items():
         said, code = said.replace(mark, value), code.replace(mark, value)
     return said, code
+
+
+def world(draw: random.Random) -> dict[str, Any]:
+    """Values of all variables that the grammar knows, drawn anew."""
+    letters = "abcdefghiklmnoprstuvw"
+
+    def word() -> str:
+        drawn = "".join(draw.choice(letters) for _ in range(draw.randint(1, 8)))
+        return draw.choice((drawn, drawn.title(), drawn.upper(), f" {drawn} "))
+
+    def numbers() -> list[int]:
+        return [draw.randint(1, 70) for _ in range(draw.randint(6, 10))] + [draw.randint(1, 70)] * 2
+
+    def words() -> list[str]:
+        return [word() for _ in range(draw.randint(6, 10))] + [word()] * 2
+
+    def item() -> dict[str, Any]:
+        values = {name: draw.choice(VALUES) for name in WORD_FIELDS}
+        return {**values, **{name: draw.randint(1, 70) for name in NUMBER_FIELDS}}
+
+    return {
+        **{name: numbers() for name in NUMBERS},
+        **{name: words() for name in WORDS},
+        **{name: " ".join(words()) for name in TEXTS},
+        **{name: [item() for _ in range(12)] for name in OBJECTS},
+        **{name: {word(): draw.randint(1, 70) for _ in range(8)} for name in RECORDS},
+    }

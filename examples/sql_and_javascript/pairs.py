@@ -31,10 +31,12 @@ class Task:
     train: Sequence[Pair]
     validation: Sequence[Pair]
     test: Sequence[Pair]
-    run: "Callable[[Pair, str], bool] | None"
-    """Whether what was written instead of a pair's completion has the same results when it is run."""
+    run: Callable[[str, str], bool] | None = None
+    """(completion, what was written instead) → whether they have the same results when they are run."""
     runs: Sequence[str] = ()
     """The sets whose code can be run."""
+    learn: Callable[[Sequence[str]], None] | None = None
+    """Runs many at once, so that `run` knows them."""
     notes: Sequence[str] = field(default=())
     """What a reader of the numbers must know."""
 

@@ -10,9 +10,9 @@ a query means, and the first can be undone, so an exact match is one of the publ
 
 import json
 import re
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from examples.sql_and_javascript import database
 from examples.sql_and_javascript.pairs import Pair, Task
@@ -56,13 +56,13 @@ def published(folder: Path, fits: Callable[[Pair], bool]) -> Task:
         f"the training part, and {again} are in it word for word"
     )
     title = "question → SQL (Geography and ATIS)"
-    return Task("sql", title, parts["train"], parts["dev"], parts["test"], check, ("geography",), tuple(notes))
+    return Task("sql", title, parts["train"], parts["dev"], parts["test"], check, ("geography",), notes=tuple(notes))
 
 
 class Check:
     """Whether a query has the result of the gold query on a database."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
         self.answers: dict[str, database.Answer] = {}
 
@@ -72,15 +72,17 @@ class Check:
             self.answers[query] = database.run(self.connection, query)
         return self.answers[query]
 
-    def __call__(self, pair: Pair, written: str) -> bool:
+    def __call__(self, wanted: str, written: str) -> bool:
         """Whether what was written gives the same rows; not where the gold query itself cannot be run."""
-        return database.same(self.gold(pair.completion), database.run(self.connection, written))
+        return database.same(self.gold(wanted), database.run(self.connection, written))
 
     def about(self, pairs: Sequence[Pair]) -> str:
         """How many of the gold queries run, and how many give nothing."""
         answers = [self.gold(pair.completion) for pair in pairs]
         failing = sum(answer.error is not None for answer in answers)
-        empty = sum(answer.error is None and all(value is None for row in answer.rows for value in row) for answer in answers)
+        empty = sum(
+            answer.error is None and all(value is None for row in answer.rows for value in row) for answer in answers
+        )
         return (
             f"of the {len(pairs)} gold queries that can be run, {failing} fail on SQLite (nothing written for them can "
             f"be right) and {empty} give no row or NULL alone"
@@ -108,6 +110,4 @@ def filled(text: str, values: dict[str, str]) -> str:
 def plain(query: str) -> str:
     """In lower case but for its strings, aliases as table and number, one space between words."""
     parts = _QUOTED.split(" ".join(query.split()))
-    return "".join(
-        part if at % 2 else re.sub(r"alias(\d)", r"\1", part.lower()) for at, part in enumerate(parts)
-    )
+    return "".join(part if at % 2 else re.sub(r"alias(\d)", r"\1", part.lower()) for at, part in enumerate(parts))

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from examples.sql_and_javascript.measures import examples_of, loss_of
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import Base, open_base
 from lorakit.finetune.data import collate
 from lorakit.storage import write_whole
-
-from examples.sql_and_javascript.measures import examples_of, mean_loss
 
 LOOKS = 5
 """Evaluations in a training."""
@@ -135,7 +134,7 @@ def descend(base: Base, data: Path, budget: Budget, say: Callable[[str], None]) 
         schedule.step()
         optimizer.zero_grad()
         if step % budget.every == 0 or step == budget.steps:
-            found = mean_loss(base, validation)
+            found = loss_of(base, None, validation)
             say(f"  step {step} of {budget.steps}  loss {loss.item():.3f}  validation {found:.3f}")
             if found < best:
                 best, kept = found, {name: value.clone() for name, value in model.state_dict().items()}

@@ -41,8 +41,8 @@ def _root(
 
 for command in (inspect, compare, combine, resize, extract, merge, convert, svd, digits):
     app.command()(command)
-for command in (init, train):
-    app.command(context_settings=ANY_WORDS)(command)
+app.command(context_settings=ANY_WORDS)(init)
+app.command(context_settings=ANY_WORDS)(train)
 
 
 def main() -> None:

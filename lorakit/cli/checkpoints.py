@@ -1,13 +1,19 @@
 """`lorakit extract` and `lorakit merge`: whole checkpoints, one tensor at a time."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorakit.cli.common import check_output, reporting, write_adapter
 from lorakit.cli.options import Alpha, Enabled, Energy, Error, Force, From, Heads, KvHeads, Part, Rank, To, read_with
 from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorakit.header import WeightEntry
+    from lorakit.values.adapter import Adapter
 
 
 def extract(
@@ -42,7 +48,7 @@ def extract(
 
 def merge(
     base: Annotated[Path, typer.Argument(help="A checkpoint: a file, or a directory of shards.")],
-    adapter: Annotated[Path, typer.Argument(help="An adapter of any format.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter of any format, or a run of `lorakit train`.")],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The checkpoint to write, in the base's layout and dtype.")
     ],
@@ -61,15 +67,20 @@ def merge(
 ) -> None:
     """Fold an adapter into a checkpoint: W + ΔW, formed in 32 bits, rounded once to the base's dtype."""
     from lorakit.checkpoints.merging import merge_checkpoint
+    from lorakit.finetune.resolve import adapter_at
     from lorakit.formats import Known, Names, resolved, with_heads
 
     check_output(out, force, base, adapter)
+    adapter = adapter_at(adapter)
     names = Names.of_checkpoint(base)
     known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), names.config)
     value = read_with(adapter, come_from, alpha, enabled, known)
     if part is not None and not value.naming:
         raise LorakitError(f"{adapter} has the names of one model, and needs no part: leave it away")
     value = resolved(value, names, known)
+    if verify and _only_dtype_differs(base, value):
+        typer.echo(f"{base} is in another dtype than in training, and else the same")
+        verify = False
     with reporting("Merging") as moved:
         report = merge_checkpoint(
             base,
@@ -83,3 +94,16 @@ def merge(
         )
     typer.echo(str(report))
     typer.echo(f"written: {out}")
+
+
+def _only_dtype_differs(base: Path, adapter: "Adapter") -> bool:
+    """Whether the checkpoint is the base of training in another dtype: 16 bits on disk, and 32 when it was loaded."""
+    from lorakit.checkpoints.opening import open_checkpoint
+    from lorakit.finetune.other_dtype import in_other_dtype
+
+    checkpoint = open_checkpoint(base, "the base")
+
+    def tensor_of(entry: "WeightEntry") -> "Tensor | None":
+        return checkpoint.read(entry.name) if entry.name in checkpoint.tensors else None
+
+    return in_other_dtype((weight.entry for weight in adapter.weights), tensor_of) == "same"

@@ -106,7 +106,8 @@ def open_outline(where: str | Path, *, revision: str | None = None, trust_remote
         tokenizer = _tokenizer(where, source)
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                build: Any = AutoModelForCausalLM.from_config
+                model = build(config, trust_remote_code=trust_remote_code)
         except ValueError as error:
             raise _unusable(f"{where} is a {config.model_type}, which is no causal language model", error) from None
         with suppress(OSError):  # not every model has one

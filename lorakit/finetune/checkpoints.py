@@ -127,7 +127,7 @@ def damage(path: Path) -> str | None:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what is to be said of newer ones that are not."""
-    notes = []
+    notes: list[str] = []
     for path in reversed(checkpoints_in(folder)):
         problem = damage(path)
         if problem is None:

@@ -71,15 +71,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-class _Once(yaml.SafeLoader):
+class _Once(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which a key that stands twice is an error: one of the two would be lost unseen."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for i, key in enumerate(keys) if key in keys[:i]]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return found
 
 
 def parse_words(words: Sequence[str]) -> dict[str, Any]:
@@ -181,5 +182,5 @@ def dumped(settings: Settings) -> str:
 
 def flow(value: Any) -> str:
     """A value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=2**20, allow_unicode=True)
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=2**20, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -108,8 +108,7 @@ def open_directory(settings: Settings) -> RunDirectory:
 
 
 def _check_same(settings: Settings, written: Path) -> None:
-    before, now = read_yaml(written), settings.model_dump()
-    before.setdefault("name", now["name"])
+    before, now = read_yaml(written), {**settings.model_dump(), "name": adapter_name(settings)}
     changed = [
         f"{key}: it was {before[key]!r}, and is now {now[key]!r}"
         for key in now

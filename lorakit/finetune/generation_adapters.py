@@ -1,19 +1,18 @@
 """Adapters onto a base, each checked against it."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.attach import remove
 from lorakit.errors import LorakitError
 from lorakit.exchange import read
 from lorakit.files import Verify, load
-from lorakit.finetune.base import DTYPES
+from lorakit.finetune.other_dtype import in_other_dtype
 from lorakit.finetune.resolve import adapter_at
-from lorakit.fingerprint import fingerprint
 from lorakit.header import WeightEntry
 from lorakit.resident import adapters
 
@@ -29,7 +28,7 @@ class Loaded(NamedTuple):
 def load_adapter(model: nn.Module, path: str | Path, name: str | None = None, verify: Verify = "sample") -> Loaded:
     """Load an adapter beside those that are there; it becomes the active one.
 
-    A base in a wider dtype than in training (float32 here, bfloat16 there) is checked too, rounded to that.
+    A base in another dtype than in training is checked too, as far as rounding lets it.
 
     Args:
         model: the base's model.
@@ -104,21 +103,11 @@ def _in_other_dtype(model: nn.Module, place: Path) -> str | None:
         entries = [weight.entry for weight in read(place).weights]
     except LorakitError:
         return None  # loading says what is wrong
-    widened, narrowed = False, False
-    for entry in entries:
-        here, there = _parameter(model, entry), DTYPES.get(entry.dtype or "")
-        if here is None or there is None or entry.sample is None or here.dtype not in DTYPES.values():
-            return None
-        if torch.promote_types(here.dtype, there) != here.dtype:
-            narrowed = True
-        elif fingerprint(here.detach().to(there)) != entry.sample:
-            return None
-        widened |= here.dtype != there
-    if narrowed:
-        return (
-            f"the base is in a narrower dtype than in training ({entries[0].dtype}), so it was not checked against it"
-        )
-    return f"the base is in a wider dtype than in training ({entries[0].dtype}), and else the same" if widened else None
+    found = in_other_dtype(entries, partial(_parameter, model))
+    if found is None:
+        return None
+    how = "else the same" if found == "same" else "was rounded, so it was not checked against it"
+    return f"the base is in another dtype than in training ({entries[0].dtype}), and {how}"
 
 
 def _parameter(model: nn.Module, entry: WeightEntry) -> Tensor | None:

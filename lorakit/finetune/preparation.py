@@ -1,13 +1,11 @@
 """Everything that a run needs before its first step: data in tokens, the base with its adapter, and a schedule."""
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -36,6 +34,8 @@ class Data:
         rows: the rows of the validation data, for prompts.
         report: what was read, cut and dropped, as text.
         tokens: of the training data: all, and those that are trained on.
+        encoded: the training data before it was packed.
+        digests: checksums of the examples to train on and to judge by.
     """
 
     train: Sequence[Any]
@@ -43,8 +43,8 @@ class Data:
     rows: Rows
     report: str
     tokens: tuple[int, int]
-    longest: int
     encoded: Encoded
+    digests: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def encode_data(settings: Settings, rows: tuple[Rows, Rows], tokenizer: Any, len
         [] if validation is None else validation.examples,
         rows[1] if len(rows[1]) else rows[0],
         report,
-        (train.report.tokens, train.report.trained),
-        train.report.longest,
+        (train.report.tokens, train.report.trained_tokens),
         train,
+        (train.digest()[:16], "" if validation is None else validation.digest()[:16]),
     )
 
 
@@ -132,7 +132,7 @@ def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared
     share = f"{plan.percent:.3g}% of the base's {plan.base_parameters:,}"
     line.say(f"adapter {name!r}: {plan.variant} on {len(plan.rows)} weights, {plan.parameters:,} numbers, {share}")
     resolved = settings.model_copy(update={"name": name, "out": str(directory.path)})
-    facts = {"data": digest(data.train), "validation": digest(data.validation), "processes": processes()}
+    facts = {"data": data.digests[0], "validation": data.digests[1], "processes": processes()}
     return Prepared(resolved, name, base, plan, data, schedule, facts)
 
 
@@ -179,14 +179,3 @@ def _checkpoint_gradients(model: Any) -> None:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise LorakitError(f"gradient_checkpointing: a {type(model).__name__} cannot do that; leave it false")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def digest(examples: Sequence[Any]) -> str:
-    """Of the examples as they are trained on: 16 hex digits."""
-    found = hashlib.sha256()
-    for example in examples:
-        for part in (example.tokens, example.trained):
-            values = np.asarray(part, dtype=np.int32)
-            found.update(len(values).to_bytes(8, "little"))
-            found.update(values.tobytes())
-    return found.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """`--dry-run`: what a run would do, without doing it, and without loading the base's weights."""
 
+import re
 import sys
 
 import torch
@@ -13,6 +14,8 @@ from lorakit.finetune.methods import planned
 from lorakit.finetune.preparation import encode_data, read_data
 from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
+from lorakit.plan import Plan, Row
+from lorakit.tables import shape, table
 
 _MOST = 1500
 """Characters of the example that is shown."""
@@ -34,7 +37,7 @@ def rehearse(settings: Settings, line: Line) -> None:
     schedule = schedule_of(settings, len(data.train), len(data.validation), width_of(config))
     arguments = arguments_of(settings, schedule, directory.checkpoints, device)
     dtype = _dtype(settings, device)
-    longest = max(len(example.tokens) for example in data.train)
+    longest = max(map(len, data.train))
     memory = estimate(
         model,
         config,
@@ -53,10 +56,10 @@ def rehearse(settings: Settings, line: Line) -> None:
     line.say(_indented(data.report))
     if settings.packing:
         line.say(
-            f"            packed into {len(data.train):,} rows; that examples are blind to each other is proved on the base"
+            f"            packed into {len(data.train):,} rows; that examples are blind to each other the run proves"
         )
     line.say("adapter")
-    line.say(_indented(str(plan), 2))
+    line.say(_indented(_grouped(plan), 2))
     line.say(f"memory      {memory}")
     passes = f"{schedule.steps / schedule.steps_an_epoch:.3g} times through the data"
     line.say(f"steps       {schedule.steps:,} of {schedule.examples_a_step} examples, {passes}")
@@ -69,6 +72,29 @@ def rehearse(settings: Settings, line: Line) -> None:
     example = data.encoded.examples[0]
     line.say(f"example     {example.where}; what is trained on stands {_legend()}:")
     line.say(_marked(shown(example, tokenizer)))
+
+
+def _grouped(plan: Plan) -> str:
+    """The plan with a line for all layers that are alike but for their numbers."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in plan.rows:
+        tensors = ", ".join(f"{name} {shape(size)}" for name, size in row.tensors.items())
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.layer)
+        groups.setdefault((name, row.kind, shape(row.weight), tensors, row.applied, row.note), []).append(row)
+    noted = any(key[-1] for key in groups)
+    rows = [
+        [
+            key[0],
+            f"{len(alike)}",
+            *key[1:5],
+            f"{sum(row.parameters for row in alike):,}",
+            *([key[5]] if noted else []),
+        ]
+        for key, alike in groups.items()
+    ]
+    headers = ["layers", "", "kind", "W", "trained", "applied", "numbers", *(["note"] if noted else [])]
+    total = f"{plan.parameters:,} new numbers beside {plan.base_parameters:,} frozen ones: {plan.percent:.3g}%"
+    return f"{plan.name}: {plan.variant}\n{table(headers, rows, right=('', 'numbers'))}\n{total}"
 
 
 def _dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -53,8 +53,8 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One flat tensor for an Adam of one learning rate; LoRA+'s groups, or the adapter's tensors, for others."""
         if self.optimizer is not None:
-            return self.optimizer  # type: ignore[no-any-return]
-        inner = self.model if model is None else model
+            return self.optimizer
+        inner: Any = self.model if model is None else model
         options = {"weight_decay": self.args.weight_decay}
         build, arguments = self.get_optimizer_cls_and_kwargs(self.args, inner)
         groups: list[dict[str, Any]]
@@ -68,18 +68,18 @@ class AdapterTrainer(Trainer):
         else:
             groups = [{"params": [p for p in adapter_parameters(inner, self.adapter) if p.requires_grad], **options}]
         self.optimizer = build(groups, **arguments)
-        return self.optimizer  # type: ignore[no-any-return]
+        return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.flat is None:
-            return super()._clip_grad_norm(model)
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         return self.accelerator.clip_grad_norm_([self.flat], self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; one that is no number stops before it reaches the adapter, in all processes."""
         if grad_norm is None and self.flat is not None:
             grad_norm = self.accelerator.clip_grad_norm_([self.flat], math.inf)
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         scaled = self.accelerator.scaler is not None  # a scaler leaves such steps out by itself
         if norm is not None and not scaled and not math.isfinite(norm):
             raise NotFiniteError(f"the gradient's norm is {float(norm)} in step {self.state.global_step + 1}")
@@ -100,7 +100,7 @@ class AdapterTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own loss; with AdaLoRA's penalty, as its share in the accumulated step."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.budget is None or not model.training:
             return result
         share = self.budget.penalty() / self.current_gradient_accumulation_steps
@@ -165,8 +165,10 @@ class AdapterTrainer(Trainer):
 
     def _write(self, place: Path) -> None:
         """Each process writes its part."""
-        if self.is_world_process_zero():
+        first = self.is_world_process_zero()
+        if first or self.is_fsdp_enabled:  # shards are gathered from all
             save(self.accelerator.unwrap_model(self.model), place / checkpoints.ADAPTER, self.adapter)
+        if first:
             self.state.save_to_json(str(place / "trainer_state.json"))
             if self.budget is not None:
                 torch.save(self.budget.state_dict(), place / _BUDGET)

@@ -17,7 +17,7 @@ _REDRAW = 0.2
 """Seconds between two looks of a terminal's line."""
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Notes and shows how the training of one run goes.
 
     Args:
@@ -71,17 +71,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = control.should_save = True
         return control
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A line for the terminal and one for the file."""
+        logs: dict[str, Any] = kwargs["logs"]
         if "loss" not in logs:
             return
         tokens = self._its.read_tokens()
         now, paused = time.perf_counter(), self._its.paused
         seconds = max(now - self._noted - (paused - self._paused), 1e-9)
         self._noted, self._paused = now, paused
-        row = {
+        row: dict[str, Any] = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 4),
             **{name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs},
@@ -95,9 +94,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.line.note(line(self.facts))
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, Any], **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """The validation loss, and what the model writes now."""
+        metrics: dict[str, float] = kwargs["metrics"]
         with self._its.pausing():
             samples = self.sampled()
         self._add(

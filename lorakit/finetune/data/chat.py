@@ -206,7 +206,8 @@ def _check_all_there(messages: Messages, trained: list[int], whole: str) -> None
     asked = [i for i, message in enumerate(messages) if message["role"] == "user"][-1:]
     for i in (*asked, *trained):
         content = messages[i].get("content") or ""
-        if content.strip()[-_TAIL:] not in whole:  # the end: templates cut thoughts from the beginning of answers
+        # Its end: templates cut thoughts from the beginning of answers.
+        if content.rpartition("</think>")[2].strip()[-_TAIL:] not in whole:
             raise BadRowError(f"the chat template leaves out what message {i + 1} says")
 
 
