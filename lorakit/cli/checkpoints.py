@@ -102,8 +102,12 @@ def _only_dtype_differs(base: Path, adapter: "Adapter") -> bool:
     from lorakit.finetune.other_dtype import in_other_dtype
 
     checkpoint = open_checkpoint(base, "the base")
+    entries = [weight.entry for weight in adapter.weights]
+    stored = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in checkpoint.tensors.items()}
+    if all(stored.get(entry.name, entry.dtype) == entry.dtype for entry in entries):
+        return False  # without reading anything
 
     def tensor_of(entry: "WeightEntry") -> "Tensor | None":
         return checkpoint.read(entry.name) if entry.name in checkpoint.tensors else None
 
-    return in_other_dtype((weight.entry for weight in adapter.weights), tensor_of) == "same"
+    return in_other_dtype(entries, tensor_of) == "same"

@@ -262,8 +262,7 @@ def _model(
             f"{where} lacks weights of a {type(model).__name__}, which would be random: {_some(missing)}; it is "
             "incomplete, or a model for another task"
         )
-    if quantize == "4bit":
-        _keep_trainable(model)
+    _keep_trainable(model)
     return model, sorted(found["unexpected_keys"])
 
 
