@@ -6,6 +6,7 @@ is such a column, so they are put into single quotes before a query is run.
 
 import re
 import sqlite3
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,9 +22,7 @@ _STEPS = 1000
 """Instructions of SQLite's machine between two looks at the clock."""
 _LENGTH = 100_000
 """Bytes of a query, or of a value that it makes."""
-_FUNCTIONS = frozenset(
-    {"count", "max", "min", "sum", "avg", "total", "abs", "round", "length", "lower", "upper", "like"}
-)
+_FUNCTIONS = frozenset({"count", "max", "min", "sum", "avg", "total", "abs", "round", "length", "lower", "upper"})
 _READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ})
 _PIECE = re.compile(r'"([^"]*)"')
 _LAST_CLAUSE = re.compile(r"\border\s+by\b[^()]*(\([^()]*\)[^()]*)*;?\s*$", re.IGNORECASE)
@@ -37,6 +36,10 @@ class Answer:
     error: str | None = None
     ordered: bool = False
     """Whether it ends in ORDER BY, so that the order of its rows is part of the answer."""
+
+    def says_nothing(self) -> bool:
+        """Whether it has no row, or NULL alone."""
+        return all(value is None for row in self.rows for value in row)
 
 
 def open_database(path: Path) -> sqlite3.Connection:
@@ -56,7 +59,7 @@ def open_database(path: Path) -> sqlite3.Connection:
 def guarded(connection: sqlite3.Connection) -> sqlite3.Connection:
     """The connection, from now on for SELECT and a few functions alone: no ATTACH, PRAGMA, extension or large value."""
     connection.text_factory = lambda text: text.decode(errors="replace")
-    if hasattr(connection, "setlimit"):  # Python 3.11
+    if sys.version_info >= (3, 11):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LENGTH)
     connection.set_authorizer(_allowed)
     return connection

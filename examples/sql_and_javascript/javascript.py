@@ -35,8 +35,8 @@ class Step:
 
 
 STEPS = (
-    Step("above", "numbers", "numbers", ("keep those above {n}", "only values greater than {n}"), ".filter(x => x > {n})"),
-    Step("below", "numbers", "numbers", ("keep those below {n}", "only values less than {n}"), ".filter(x => x < {n})"),
+    Step("above", "numbers", "numbers", ("keep those above {n}", "only values above {n}"), ".filter(x => x > {n})"),
+    Step("below", "numbers", "numbers", ("keep those below {n}", "only values below {n}"), ".filter(x => x < {n})"),
     Step("even", "numbers", "numbers", ("keep the even ones", "only even values"), ".filter(x => x % 2 === 0)"),
     Step("odd", "numbers", "numbers", ("keep the odd ones", "only odd values"), ".filter(x => x % 2 === 1)"),
     Step("times", "numbers", "numbers", ("multiply each by {n}", "each times {n}"), ".map(x => x * {n})"),
@@ -67,7 +67,7 @@ STEPS = (
     Step("first", "list", "list", ("take the first {o}", "only the first {o}"), ".slice(0, {n})"),
     Step("last", "list", "list", ("take the last {o}", "only the last {o}"), ".slice(-{n})"),
     Step("skip", "list", "list", ("drop the first {o}", "without the first {o}"), ".slice({n})"),
-    Step("unique", "list", "list", ("remove duplicates", "each only once"), ".filter((x, i, all) => all.indexOf(x) === i)"),
+    Step("unique", "list", "list", ("remove duplicates", "each only once"), ".filter((x, i, a) => a.indexOf(x) === i)"),
     Step("count", "list", "number", ("count them", "how many are there"), ".length"),
     Step("head", "list", "any", ("give the first", "the first of them"), ".at(0)"),
     Step("tail", "list", "any", ("give the last", "the last of them"), ".at(-1)"),

@@ -41,7 +41,7 @@ def loss_of(base: Base, chosen: Chosen, examples: Sequence[Example]) -> float:
 
 def requests_of(path: Path, base: Base, chosen: Chosen) -> list[Request]:
     """The prompts of a file, for this adapter."""
-    questions, _ = scoring.questions_of(read_rows(str(path)), Prompter(base))
+    questions, _ = scoring.questions_of(read_rows(str(path)), Prompter(base, "prompt"))
     return [Request(question.tokens, chosen) for question in questions]
 
 

@@ -1,4 +1,4 @@
-"""JavaScript that a network wrote, run by node if it is there: in a world of its own, within bounds, compared by results."""
+"""JavaScript that a network wrote, run by node if it is there: within bounds, and compared by its results."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-
 
 WORLDS = 4
 """Sets of values for the variables: code must give what the gold code gives in each."""

@@ -57,8 +57,9 @@ def apart(
     seed: int,
     fits: Callable[[Pair], bool],
 ) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """Generated pairs in three parts that share no combination: a fifth of all combinations is kept for each of the
-    last two.
+    """Generated pairs in three parts that share no combination.
+
+    A fifth of all combinations is kept for validation, and a fifth to test.
 
     Args:
         one: draws a pair and says of which combination it is.

@@ -12,17 +12,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.checkpoints.staged import staged
 from lorakit.errors import LorakitError
+from lorakit.finetune.quiet import quiet_transformers
 from lorakit.storage import read_json_object, write_whole
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _OTHERS = frozenset({
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "ensurepip", "idlelib",
@@ -125,7 +123,7 @@ def _make(recipe: Recipe, texts: list[str], out: Path, made_of: dict[str, Any], 
     held = tokens[-32 * recipe.length :].view(32, recipe.length)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        model = LlamaForCausalLM(
+        model: Any = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=recipe.width,
@@ -142,8 +140,9 @@ def _make(recipe: Recipe, texts: list[str], out: Path, made_of: dict[str, Any], 
     _train(model, tokens[: -held.numel()], recipe, say)
     with torch.no_grad():
         loss = model.eval()(input_ids=held, labels=held, use_cache=False).loss.item()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with quiet_transformers():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     record = {
         **made_of,
         "seconds": time.perf_counter() - start,
@@ -154,7 +153,7 @@ def _make(recipe: Recipe, texts: list[str], out: Path, made_of: dict[str, Any], 
     write_whole(out / RECORD, json.dumps(record, indent=1).encode())
 
 
-def _tokenizer(recipe: Recipe, texts: list[str]) -> "PreTrainedTokenizerFast":
+def _tokenizer(recipe: Recipe, texts: list[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -174,7 +173,8 @@ def _tokenizer(recipe: Recipe, texts: list[str]) -> "PreTrainedTokenizerFast":
     # Every text begins with <s>, as every file did.
     begin = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
-    return PreTrainedTokenizerFast(
+    made: Any = PreTrainedTokenizerFast
+    return made(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",

@@ -80,9 +80,7 @@ class Check:
         """How many of the gold queries run, and how many give nothing."""
         answers = [self.gold(pair.completion) for pair in pairs]
         failing = sum(answer.error is not None for answer in answers)
-        empty = sum(
-            answer.error is None and all(value is None for row in answer.rows for value in row) for answer in answers
-        )
+        empty = sum(answer.error is None and answer.says_nothing() for answer in answers)
         return (
             f"of the {len(pairs)} gold queries that can be run, {failing} fail on SQLite (nothing written for them can "
             f"be right) and {empty} give no row or NULL alone"

@@ -21,6 +21,7 @@ from examples.sql_and_javascript.measures import examples_of, loss_of
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import Base, open_base
 from lorakit.finetune.data import collate
+from lorakit.finetune.quiet import quiet_transformers
 from lorakit.storage import write_whole
 
 LOOKS = 5
@@ -107,8 +108,9 @@ def fine_tune(model: Path | str, data: Path, out: Path, budget: Budget, say: Cal
     start = time.perf_counter()
     base = open_base(model, device="cpu", dtype="float32")
     loss = descend(base, data, budget, say)
-    base.model.save_pretrained(out)  # type: ignore[no-untyped-call]
-    base.tokenizer.save_pretrained(out)
+    with quiet_transformers():
+        base.model.save_pretrained(out)
+        base.tokenizer.save_pretrained(out)
     numbers = sum(parameter.numel() for parameter in base.model.parameters())
     return Trained(out, numbers, time.perf_counter() - start, loss)
 
