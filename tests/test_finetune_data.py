@@ -201,6 +201,15 @@ def test_stops_are_the_tokens_that_end_answers():
     assert stops_of("prompt", tok) == stops_of("text", tok) == (tok.eos_token_id,)
 
 
+def test_prompts_and_completions_that_meet_without_a_space_are_reported():
+    tok = tokenizer("bytes")
+    rows = [prompted("Hello", "there"), prompted("a", "b"), prompted("a", " b")]
+    report = encode(rows, tok, max_length=99).report
+    assert report.touching == 2 and "2 prompts and completions meet without white space" in str(report)
+    assert "meet" not in str(encode(rows[1:], tok, max_length=99).report)
+    assert encode(rows, tok, max_length=99, template="{prompt}: ").report.touching == 0
+
+
 # Too long
 
 

@@ -113,7 +113,7 @@ def test_a_file_that_is_not_there_is_named_with_what_is_near(tmp_path):
     assert "nor is there a directory" in said(str(tmp_path / "no" / "train.jsonl"))
     (tmp_path / "empty").mkdir()
     assert "holds no file of examples" in said(tmp_path / "empty")
-    for odd in ("", "  ", "a\0b.jsonl"):
+    for odd in ("", "  ", "a\0b.jsonl", 5, None, "x" * 5000):
         said(odd)
 
 

@@ -90,8 +90,7 @@ def test_a_data_set_of_the_hub_is_read_or_said_to_be_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert said("owner/name") == (
-        "there is no file or directory owner/name, and as a data set of the hub it cannot be loaded: "
-        "Couldn't reach 'owner/name'"
+        "there is no file or directory owner/name, and the hub cannot be reached: Couldn't reach 'owner/name'"
     )
 
 

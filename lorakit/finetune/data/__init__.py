@@ -2,7 +2,8 @@
 
 from lorakit.finetune.data.checking import check_packing
 from lorakit.finetune.data.collating import NO_LABEL, collate
-from lorakit.finetune.data.encoding import Encoded, Example, encode, prompt_of
+from lorakit.finetune.data.encoding import encode, prompt_of
+from lorakit.finetune.data.examples import Encoded, Example
 from lorakit.finetune.data.packing import Packed, pack
 from lorakit.finetune.data.reading import read_rows
 from lorakit.finetune.data.report import Report

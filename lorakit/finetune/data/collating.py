@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.data.encoding import Example
+from lorakit.finetune.data.examples import Example
 from lorakit.finetune.data.packing import Packed
 
 NO_LABEL = -100

@@ -1,9 +1,7 @@
-"""Examples: rows as tokens, of which it is known whether they are trained on."""
+"""Encoding: rows as examples, prompts as the tokens to generate from, both the same way."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +9,7 @@ from numpy.typing import NDArray
 from lorakit.errors import LorakitError
 from lorakit.finetune.data.contents import BadRowError
 from lorakit.finetune.data.drafts import Draft, Recipe, recipe_of
+from lorakit.finetune.data.examples import Encoded, Example
 from lorakit.finetune.data.pause import uncollected
 from lorakit.finetune.data.pieces import Encoder, Ids
 from lorakit.finetune.data.reading import refusal
@@ -22,58 +21,6 @@ if TYPE_CHECKING:
 
 Truncation = Literal["cut", "drop", "error"]
 TrainOn = Literal["completion", "all"]
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """What one sequence is trained on."""
-
-    ids: NDArray[np.int64]
-    """Tokens, (n,)."""
-    mask: NDArray[np.bool_]
-    """Which of them are trained on, (n,); never the first, as nothing predicts it."""
-    where: str
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens."""
-        found: list[int] = self.ids.tolist()
-        return found
-
-    @property
-    def trained(self) -> list[bool]:
-        """Whether each token is trained on."""
-        found: list[bool] = self.mask.tolist()
-        return found
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Encoded(Sequence[Example]):
-    """Examples, and what became of the rows."""
-
-    examples: list[Example]
-    report: Report
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.examples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.examples[index]
-
-    def digest(self) -> str:
-        """A checksum of all tokens and of what is trained: equal for the same data in the same order."""
-        found = sha256()
-        for example in self.examples:
-            found.update(len(example).to_bytes(8, "little"))
-            found.update(example.ids.tobytes())
-            found.update(example.mask.tobytes())
-        return found.hexdigest()
 
 
 def encode(
@@ -143,6 +90,7 @@ def _encode(
 ) -> Encoded:
     source = rows.source if isinstance(rows, Rows) else "the rows"
     places, drafts, parted = _drafts(rows, source, tokenizer, template)
+    touching = 0 if template is not None else sum(_touches(row) for row in rows)
     encoder = Encoder(tokenizer)
     examples, longest, cut, lost = [], 0, 0, 0
     dropped: dict[str, list[str]] = {}
@@ -180,6 +128,7 @@ def _encode(
         lost_tokens=lost,
         dropped={reason: tuple(found) for reason, found in dropped.items()},
         parted=parted,
+        touching=touching,
         unknown=0 if unknown is None else sum(int((example.ids == unknown).sum()) for example in examples),
         ended=bool(encoder.end),
     )
@@ -217,6 +166,14 @@ def _drafts(
     return places, drafts, parted
 
 
+def _touches(row: Row) -> bool:
+    """Whether prompt and completion become one word, as they are put together as they are."""
+    if row.kind != "prompt":
+        return False
+    prompt, completion = row.content["prompt"], row.content.get("completion") or ""
+    return not (prompt[-1:].isspace() or completion[:1].isspace() or not prompt or not completion)
+
+
 def _joined(
     draft: Draft, pieces: list[Ids], encoder: Encoder, everything: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], int, int]:
@@ -247,7 +204,8 @@ def _joined(
 def first_ids(draft: Draft, pieces: list[Ids], encoder: Encoder) -> tuple[Ids, int]:
     """What is put before a draft's tokens, and how many of its own are the same already."""
     text = next((piece for piece in pieces if piece), [])
-    has = len(encoder.start) if encoder.start and text[: len(encoder.start)] == encoder.start else 0
+    begin = encoder.start or encoder.begin
+    has = len(begin) if begin and text[: len(begin)] == begin else 0
     return (encoder.start if draft.start and not has else []), has
 
 

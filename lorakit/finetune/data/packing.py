@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.data.encoding import Encoded, Example
+from lorakit.finetune.data.examples import Encoded, Example
 
 
 @dataclass(frozen=True, eq=False)

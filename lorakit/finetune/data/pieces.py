@@ -28,6 +28,8 @@ class Encoder:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self._tokenizer = tokenizer
         self.start: Ids = self._start()
+        self.begin: Ids = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        """What a text may begin with by itself: a chat template puts it there."""
         self.end: Ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         added = tokenizer.added_tokens_decoder.values()
         # Those after which a tokenizer sees a new text, or drops white space.

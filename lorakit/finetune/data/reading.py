@@ -48,6 +48,8 @@ def read_rows(
         LorakitError: it cannot be read; its columns are none that are known; or it has bad rows, all of which are
             named with file, line and reason.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise LorakitError(f"data is named by a file or a data set of the hub, not by {source!r:.60}")
     name = os.fspath(source)
     if form not in FORMS:
         near = get_close_matches(str(form), FORMS, n=1)

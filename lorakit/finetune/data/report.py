@@ -25,6 +25,8 @@ class Report:
     """The places of examples that were left out, by reason."""
     parted: int
     """Chats that became one example for each answer."""
+    touching: int
+    """Rows whose prompt and completion meet without white space between them."""
     unknown: int
     """Tokens that stand for what the tokenizer does not know."""
     ended: bool
@@ -47,6 +49,11 @@ class Report:
             lines.append(
                 f"{_counted(self.parted, 'chat')} became one example for each answer, as the chat template writes "
                 "earlier turns otherwise once others follow"
+            )
+        if 2 * self.touching > self.rows:
+            lines.append(
+                f"{_counted(self.touching, 'prompt')} and completions meet without white space: put a space or a line "
+                "end at the beginning of completions, or set a template, if they are not meant to"
             )
         if self.unknown:
             lines.append(f"{_counted(self.unknown, 'token')} stand for what the tokenizer does not know")

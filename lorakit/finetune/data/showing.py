@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorakit.finetune.data.drafts import recipe_of
-from lorakit.finetune.data.encoding import Example
+from lorakit.finetune.data.examples import Example
 from lorakit.finetune.data.packing import Packed
 from lorakit.finetune.data.pieces import Encoder
 from lorakit.finetune.data.rows import Row

@@ -59,9 +59,10 @@ def read_hub(name: str, split: str | None) -> list[Record]:
     try:
         found = datasets.load_dataset(where, config or None)
     except Exception as error:  # of many packages: the hub's, the network's, those of file formats
-        raise LorakitError(
-            f"there is no file or directory {name}, and as a data set of the hub it cannot be loaded: {_line(error)}"
-        ) from None
+        what = (
+            "the hub cannot be reached" if isinstance(error, ConnectionError) else "as a data set of the hub it fails"
+        )
+        raise LorakitError(f"there is no file or directory {name}, and {what}: {_line(error)}") from None
     finally:
         logger.setLevel(level)
     return _records(name, _of_split(name, found, split))
