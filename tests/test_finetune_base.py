@@ -26,7 +26,7 @@ def refused(message: str, where, **how) -> str:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_opens_frozen_in_nothing_but_eval(tmp_path, architecture):
+def test_every_architecture_opens_in_eval(tmp_path, architecture):
     base = open_base(small_lm(tmp_path, architecture), device="cpu")
     assert not base.model.training and base.model.dtype == torch.float32 and base.where == str(tmp_path)
     assert base.tokenizer.pad_token_id == 2 and base.tokenizer.eos_token_id == 1

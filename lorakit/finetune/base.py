@@ -28,7 +28,7 @@ _NAMED = 8
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen language model and its tokenizer."""
+    """A language model and its tokenizer."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
