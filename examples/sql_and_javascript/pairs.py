@@ -73,7 +73,7 @@ def apart(
     draw = random.Random(seed)
     parts: tuple[list[Pair], list[Pair], list[Pair]] = ([], [], [])
     seen: set[str] = set()
-    for _ in range(200 * sum(counts)):
+    for _ in range(40 * sum(counts)):
         combination, pair = one(draw)
         part = (0, 0, 0, 1, 2)[hashlib.sha256(repr(combination).encode()).digest()[0] % 5]
         if len(parts[part]) < counts[part] and pair.prompt not in seen and fits(pair):
@@ -81,4 +81,4 @@ def apart(
             parts[part].append(pair)
         if all(len(pairs) == count for pairs, count in zip(parts, counts, strict=True)):
             return parts
-    raise LorakitError("too few generated pairs are short enough for this model: give a larger --max-length")
+    raise LorakitError("too few generated pairs are short enough for this model: give a larger --length")

@@ -80,7 +80,7 @@ def costs_table(story: Story) -> str:
             arm.name,
             f"{arm.trained:,}" if arm.trained else "-",
             size(arm.bytes),
-            "-" if arm.seconds is None else f"{arm.seconds:.0f} s",
+            "-" if arm.seconds is None else f"{arm.seconds:.1f} s",
             "-" if arm.rate is None else f"{arm.rate:g}",
             "-" if arm.validation is None else f"{arm.validation:.3f}",
         ]

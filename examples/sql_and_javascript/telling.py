@@ -40,6 +40,7 @@ class Teller:
     def tell(self, tune: bool) -> Mapping[str, Any]:
         """All of it; returns what `results.json` holds."""
         base = self._base()
+        size_of_base = base.model.num_parameters()
         before = together.checksum(base.model), together.file_checksum(base.where)
         tasks = self._tasks(base)
         budget = self._budget()
@@ -73,7 +74,7 @@ class Teller:
         laws = self._timed("laws", lambda: self._laws(base, paths, before))
         story = report.Story(
             base=str(base.where),
-            parameters=base.model.num_parameters(),
+            parameters=size_of_base,
             arms=arms,
             laws=laws,
             samples=self._samples(tasks, texts),
@@ -134,7 +135,7 @@ class Teller:
         text = training.config_of(model, self._data(name), out, name, budget)
         training.write_config(config, text, f"An adapter for {NAMES[name]}")
         self.say("")
-        return out / "adapter", training.train_adapter(config, self.say)
+        return out / "adapter", training.train_adapter(config, out, self.say)
 
     def _tuned(
         self, base: Base, budget: training.Budget
@@ -152,7 +153,9 @@ class Teller:
                 losses["adapter"][rate] = loss_of(own, name, data)
             for rate in self.plan.full_rates:
                 own = open_base(base.where, device="cpu", dtype="float32")
-                losses["full"][rate] = training.descend(own, self._data(name), replace(short, full_rate=rate), self.say)
+                losses["full"][rate], _ = training.descend(
+                    own, self._data(name), replace(short, full_rate=rate), self.say
+                )
             for how, found in losses.items():
                 tried += [
                     {"arm": f"{name}, {how}", "rate": rate, "steps": short.steps, "validation": loss}

@@ -4,6 +4,7 @@ Both have the same pairs, tokens, steps, batches of the same size and schedule (
 clip at 1, and keep the best of the same number of looks at the validation loss. Each has a learning rate of its own.
 """
 
+import json
 import math
 import shlex
 import subprocess
@@ -49,15 +50,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training."""
+    """What came of full fine-tuning."""
 
     path: Path
-    """The adapter's directory, or the model's."""
+    """The model's directory."""
     parameters: int
     seconds: float
+    """That its steps took."""
     validation: float
     """Its loss for each token of the validation completions."""
-    command: str | None = None
 
 
 def config_of(model: Path | str, data: Path, out: Path, name: str, budget: Budget) -> str:
@@ -88,35 +89,41 @@ def config_of(model: Path | str, data: Path, out: Path, name: str, budget: Budge
     return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def train_adapter(config: Path, say: Callable[[str], None]) -> float:
-    """Run `lorakit train CONFIG` in a process of its own; returns its seconds.
+def train_adapter(config: Path, out: Path, say: Callable[[str], None]) -> float:
+    """Run `lorakit train CONFIG` in a process of its own, whose run goes to `out`.
+
+    Returns:
+        The seconds that its steps took; importing, evaluations and reports are not counted.
 
     Raises:
         LorakitError: it failed.
     """
     words = ["train", str(config)]
     say(f"$ lorakit {shlex.join(words)}")
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "lorakit", *words], check=False)
     if done.returncode != 0:
         raise LorakitError(f"lorakit train {config} failed, as it says above")
-    return time.perf_counter() - start
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(float(json.loads(line).get("seconds", 0.0)) for line in lines)
 
 
 def fine_tune(model: Path | str, data: Path, out: Path, budget: Budget, say: Callable[[str], None]) -> Trained:
     """Train all numbers of the model, and write it to `out` as a directory of transformers."""
-    start = time.perf_counter()
     base = open_base(model, device="cpu", dtype="float32")
-    loss = descend(base, data, budget, say)
+    loss, seconds = descend(base, data, budget, say)
     with quiet_transformers():
         base.model.save_pretrained(out)
         base.tokenizer.save_pretrained(out)
     numbers = sum(parameter.numel() for parameter in base.model.parameters())
-    return Trained(out, numbers, time.perf_counter() - start, loss)
+    return Trained(out, numbers, seconds, loss)
 
 
-def descend(base: Base, data: Path, budget: Budget, say: Callable[[str], None]) -> float:
-    """The plain loop; the model holds the best weights afterwards. Returns their validation loss."""
+def descend(base: Base, data: Path, budget: Budget, say: Callable[[str], None]) -> tuple[float, float]:
+    """The plain loop; the model holds the best weights afterwards.
+
+    Returns:
+        Their validation loss, and the seconds that the steps took.
+    """
     model: Any = base.model
     train = examples_of(data / "train.jsonl", base, budget.length)
     validation = examples_of(data / "validation.jsonl", base, budget.length)
@@ -127,7 +134,9 @@ def descend(base: Base, data: Path, budget: Budget, say: Callable[[str], None]) 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, budget.steps))
     batches = _batches(train, budget)
     best, kept = math.inf, {}
+    seconds = 0.0
     for step in range(1, budget.steps + 1):
+        start = time.perf_counter()
         model.train()
         loss = model(**collate(next(batches), base.tokenizer.pad_token_id), use_cache=False).loss
         loss.backward()
@@ -135,6 +144,7 @@ def descend(base: Base, data: Path, budget: Budget, say: Callable[[str], None]) 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        seconds += time.perf_counter() - start
         if step % budget.every == 0 or step == budget.steps:
             found = loss_of(base, None, validation)
             say(f"  step {step} of {budget.steps}  loss {loss.item():.3f}  validation {found:.3f}")
@@ -142,7 +152,7 @@ def descend(base: Base, data: Path, budget: Budget, say: Callable[[str], None]) 
                 best, kept = found, {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)
     model.eval()
-    return best
+    return best, seconds
 
 
 def _share(step: int, steps: int) -> float:
