@@ -161,7 +161,7 @@ def device_named(device: str) -> torch.device:
 
 
 def dtype_on(place: torch.device) -> torch.dtype:
-    """The dtype that "auto" is there: bfloat16 where it is computed in; else float32, as float16 overflows in training."""
+    """What "auto" is there: bfloat16 where it is computed in; else float32, as float16 overflows in training."""
     if place.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if place.type == "xpu" else torch.float32

@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
 from lorakit.budget import RankBudget
-from lorakit.finetune.arguments import arguments_of, context_of
-from lorakit.finetune.data import collate
+from lorakit.finetune.arguments import context_of
+from lorakit.finetune.data import collate, stops_of
 from lorakit.finetune.directory import RunDirectory
 from lorakit.finetune.preparation import Prepared
 from lorakit.finetune.progress import Line
@@ -36,20 +36,15 @@ class Examples(Dataset[Any]):
 def build(
     prepared: Prepared, directory: RunDirectory, line: Line, metrics: Metrics | None, stopper: Stopper
 ) -> tuple[AdapterTrainer, Watch]:
-    """The Trainer, ready to train, and who watches it.
-
-    Raises:
-        LorakitError: an argument, an optimizer or a tracker is unknown.
-    """
+    """The Trainer, ready to train, and who watches it."""
     settings, schedule, base = prepared.settings, prepared.schedule, prepared.base
-    arguments = arguments_of(settings, schedule, directory.checkpoints, base.model.device)
     watch = Watch(line, metrics, stopper, lambda: [], settings.patience)
     trainer = AdapterTrainer(
         settings=settings,
         name=prepared.name,
         folder=directory.checkpoints,
         model=base.model,
-        args=arguments,
+        args=prepared.arguments,
         train_dataset=Examples(prepared.data.train),
         eval_dataset=Examples(prepared.data.validation) if prepared.data.validation else None,
         data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
@@ -81,7 +76,9 @@ def _sampled(prepared: Prepared) -> Any:
     room = 2**20 if context is None else context - length
     prompts = prompts_of(settings.samples, prepared.data.rows, base.tokenizer, settings.template, room)
 
+    stops = stops_of(prepared.data.rows.kind, base.tokenizer, settings.template)
+
     def sampled() -> list[Sample]:
-        return continued(base.model, base.tokenizer, prompts, length)
+        return continued(base.model, base.tokenizer, prompts, length, stops)
 
     return sampled

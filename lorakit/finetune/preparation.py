@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.arguments import Schedule, check_trackers, length_of, processes, schedule_of, width_of
+from lorakit.finetune.arguments import (
+    Schedule,
+    arguments_of,
+    check_trackers,
+    length_of,
+    processes,
+    schedule_of,
+    width_of,
+)
 from lorakit.finetune.base import Base, device_named, open_base
 from lorakit.finetune.checkpoints import ADAPTER
 from lorakit.finetune.data import Encoded, Rows, check_packing, collate, encode, pack, read_rows, split_off
@@ -57,6 +65,7 @@ class Prepared:
     plan: Plan
     data: Data
     schedule: Schedule
+    arguments: TrainingArguments
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -128,12 +137,13 @@ def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared
         check_packing(base.model)
         line.say(f"packed: {len(data.encoded.examples):,} examples in {len(data.train):,} rows")
     schedule = schedule_of(settings, len(data.train), len(data.validation), width_of(base.model.config))
+    resolved = settings.model_copy(update={"name": name, "out": str(directory.path)})
+    arguments = arguments_of(resolved, schedule, directory.checkpoints, base.model.device)
     plan = attach(settings, base, data, name, directory.resume)
     share = f"{plan.percent:.3g}% of the base's {plan.base_parameters:,}"
     line.say(f"adapter {name!r}: {plan.variant} on {len(plan.rows)} weights, {plan.parameters:,} numbers, {share}")
-    resolved = settings.model_copy(update={"name": name, "out": str(directory.path)})
     facts = {"data": data.digests[0], "validation": data.digests[1], "processes": processes()}
-    return Prepared(resolved, name, base, plan, data, schedule, facts)
+    return Prepared(resolved, name, base, plan, data, schedule, arguments, facts)
 
 
 def attach(settings: Settings, base: Base, data: Data, name: str, resume: Path | None) -> Plan:

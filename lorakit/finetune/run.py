@@ -95,6 +95,8 @@ def _run(prepared: Any, directory: RunDirectory, line: Line, first: bool, begun:
     done = 0 if resume is None else checkpoints.step_of(resume)
     if done >= schedule.steps:
         line.say(f"{directory.path}: all {done} steps are done already")
+        if first and resume is not None:
+            deliver(directory, settings, checkpoints.state_in(resume).get("best_global_step"))
         return _outcome(prepared, directory, None, begun, first)
     metrics = None
     if first:

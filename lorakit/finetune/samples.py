@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.finetune.data import Row, Rows, prompt_of
 from lorakit.finetune.trainer import kept_rng
 
 _OPENING = 16
@@ -31,31 +32,42 @@ class Sample:
     expected: str | None
 
 
-def prompts_of(wanted: int | Sequence[str], rows: Any, tokenizer: Any, template: str | None, room: int) -> list[Prompt]:
-    """The prompts: the first few of the validation rows, or texts that were given; the last `room` tokens of each."""
-    from lorakit.finetune.data import prompt_of
+def prompts_of(
+    wanted: int | Sequence[str], rows: Rows, tokenizer: Any, template: str | None, room: int
+) -> list[Prompt]:
+    """The prompts: the first few of the rows, or texts that were given, asked as the rows ask.
 
-    found = []
+    Args:
+        wanted: how many, or which.
+        rows: of the validation data.
+        tokenizer: the base's.
+        template: as training has it.
+        room: tokens of a prompt at most; of a longer one the last.
+    """
     if isinstance(wanted, int):
-        for row in list(rows[:wanted]) if wanted else []:
-            tokens, expected = prompt_of(row, tokenizer, template)
-            if expected is None:
-                tokens, expected = tokens[:_OPENING], tokenizer.decode(tokens[_OPENING:], skip_special_tokens=True)
-            found.append((tokens, expected))
+        asked = list(rows[:wanted])
     else:
-        found = [(list(tokenizer(text)["input_ids"]), None) for text in wanted]
-        end = tokenizer.eos_token_id
-        found = [(tokens[:-1] if len(tokens) > 1 and tokens[-1] == end else tokens, None) for tokens, _ in found]
-    return [
-        Prompt(tokenizer.decode(tokens[-room:], skip_special_tokens=True), tuple(tokens[-room:]), expected)
-        for tokens, expected in found
-        if tokens
-    ]
+        asked = [Row(f"sample {i}", rows.kind, _content(rows.kind, text)) for i, text in enumerate(wanted, start=1)]
+    found = []
+    for row in asked:
+        tokens, expected = prompt_of(row, tokenizer, template)
+        if row.kind == "text" and isinstance(wanted, int):
+            tokens, expected = tokens[:_OPENING], tokenizer.decode(tokens[_OPENING:], skip_special_tokens=True)
+        tokens = tokens[-room:]
+        found.append(Prompt(tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), expected))
+    return [prompt for prompt in found if prompt.tokens]
+
+
+def _content(kind: str, text: str) -> dict[str, Any]:
+    """A row of this kind that asks a text."""
+    if kind == "messages":
+        return {"messages": [{"role": "user", "content": text}]}
+    return {kind: text, "input": ""} if kind == "instruction" else {kind: text}
 
 
 @torch.no_grad()
-def continued(model: Any, tokenizer: Any, prompts: Sequence[Prompt], length: int) -> list[Sample]:
-    """Each prompt continued greedily, all in one batch. The model's mode and the random state stay as they are."""
+def continued(model: Any, tokenizer: Any, prompts: Sequence[Prompt], length: int, stops: Sequence[int]) -> list[Sample]:
+    """Each prompt continued greedily to one of the stops, all in one batch; mode and random state stay as they are."""
     if not prompts:
         return []
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -75,7 +87,7 @@ def continued(model: Any, tokenizer: Any, prompts: Sequence[Prompt], length: int
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=list(stops) or None,
             )
     finally:
         model.train(training)

@@ -44,6 +44,7 @@ class AdapterTrainer(Trainer):
         self.tokens = torch.zeros((), dtype=torch.int64)
         """Tokens that were trained on, padding not counted, since the last reading."""
         self.budget: RankBudget | None = None
+        self._numbers: int | None = None
         self.paused = 0.0
         """Seconds that went into evaluations and checkpoints."""
         super().__init__(**arguments)
@@ -73,12 +74,16 @@ class AdapterTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.flat is None:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        return self.accelerator.clip_grad_norm_([self.flat], self.args.max_grad_norm)
+        return self._clip_flat(self.flat, self.args.max_grad_norm)
+
+    def _clip_flat(self, flat: nn.Parameter, most: float) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_([flat], most)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; one that is no number stops before it reaches the adapter, in all processes."""
         if grad_norm is None and self.flat is not None:
-            grad_norm = self.accelerator.clip_grad_norm_([self.flat], math.inf)
+            grad_norm = self._clip_flat(self.flat, math.inf)
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         scaled = self.accelerator.scaler is not None  # a scaler leaves such steps out by itself
         if norm is not None and not scaled and not math.isfinite(norm):
@@ -111,6 +116,41 @@ class AdapterTrainer(Trainer):
         count = self.accelerator.gather(self.tokens.to(self.args.device).reshape(1)).sum()
         self.tokens = torch.zeros((), dtype=torch.int64)
         return int(count.item())
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """An estimate, from the number of parameters, which is counted once."""
+        if self._numbers is None:
+            model: Any = self.model
+            self._numbers = int(model.num_parameters(exclude_embeddings=True))
+        return 6 * int(inputs["input_ids"].numel()) * self._numbers
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """As of `Trainer`, which walks over all modules twice in each step for what is known."""
+        with self._unhurried(self.model):
+            return super().train(*arguments, **named)
+
+    @contextmanager
+    def _unhurried(self, model: Any) -> Iterator[None]:
+        """Inside, `train()` of a model that trains already does nothing, and `zero_grad()` is that of what is trained.
+
+        In a model of many small layers these walks take some hundredths of a step.
+        """
+        walk_train, walk_zero = model.train, model.zero_grad
+
+        def train(mode: bool = True) -> Any:
+            return model if mode is model.training else walk_train(mode)
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            if self.flat is None:
+                walk_zero(set_to_none)
+            else:
+                self.flat.grad = None
+
+        model.train, model.zero_grad = train, zero_grad
+        try:
+            yield
+        finally:
+            del model.train, model.zero_grad
 
     # Evaluation
 
