@@ -1,5 +1,6 @@
 """What the commands that use a language model share: options, opening it with its adapters, names of choices."""
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,8 @@ def open_model(
     Raises:
         LorakitError: the base or an adapter cannot be used.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model writes
     if find_spec("transformers") is None:
         raise LorakitError("transformers is not installed: pip install 'lorakit[llm]'")
     if verify not in ("sample", "full", "off"):
@@ -185,5 +188,5 @@ def label_of(chosen: "Chosen") -> str:
 
 
 def shown(text: str) -> str:
-    """Text of a model, for a terminal: it may hold anything."""
-    return printable(text, keep="\n\t")
+    """Text of a model: it may hold anything, and on a terminal nothing in it acts."""
+    return printable(text, keep="\n\t") if sys.stdout.isatty() else text
