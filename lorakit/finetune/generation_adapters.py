@@ -51,7 +51,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str | None = None, ve
     try:
         load(model, place, name, verify=verify)
     except LorakitError as error:
-        if verify != "off" and _loads(model, place):
+        if verify != "off" and _only_values_differ(model, place, verify):
             raise LorakitError(
                 f"{error}\nThe base is not the one that this adapter was trained on, or has changed since: open that "
                 "one. If it is meant to act here, load it unchecked: --verify off"
@@ -84,17 +84,19 @@ def named_path(text: str) -> tuple[str | None, str]:
     return name.strip(), path.strip()
 
 
-def _loads(model: nn.Module, place: Path) -> bool:
-    """Whether only the base's values are against it."""
+def _only_values_differ(model: nn.Module, place: Path, verify: Verify) -> bool:
+    """Whether an adapter fits but for the base's values: it loads unchecked, and checked under no name."""
     name = "_"
     while name in adapters(model):
         name += "_"
-    try:
-        load(model, place, name, verify="off")
-    except LorakitError:
-        return False
-    remove(model, name)
-    return True
+    for checked in (verify, "off"):
+        try:
+            load(model, place, name, verify=checked)
+        except LorakitError:
+            continue
+        remove(model, name)
+        return checked == "off"
+    return False
 
 
 def _in_other_dtype(model: nn.Module, place: Path) -> str | None:

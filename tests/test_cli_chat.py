@@ -1,0 +1,184 @@
+"""`lorakit chat`: what was said is remembered as the template has it, and adapters change between two lines."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from language_runs import Files, command, made, ran, refused, reopened
+from safetensors.torch import load_file, save_file
+
+import lorakit as lk
+from lorakit.cli.chat import chat
+from lorakit.errors import LorakitError
+from lorakit.finetune.conversation import Conversation
+from lorakit.finetune.generation import Request, generate
+from lorakit.finetune.generation_prompts import prompter_of
+from lorakit.finetune.generation_steps import Sampling
+
+app = command(chat, "chat")
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Files:
+    return made(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    return made(tmp_path_factory.mktemp("chat"), chat=True, kind="messages")
+
+
+def said(files: Files, *typed: str, where=None, more: tuple = ()) -> str:
+    """What is on stdout after these lines."""
+    how = ("--device", "cpu", "--max-new-tokens", LENGTH, *more)
+    return ran(app, "chat", where or files.base, *how, input="".join(f"{line}\n" for line in typed)).stdout
+
+
+class Wanted:
+    """The same chat by hand."""
+
+    def __init__(self, files: Files) -> None:
+        self.base = reopened(files)
+        self.turns: list[dict[str, str]] = []
+
+    def __call__(self, text: str, chosen=None) -> str:
+        self.turns.append({"role": "user", "content": text})
+        tokenizer = self.base.tokenizer
+        asked = tokenizer.apply_chat_template(self.turns, add_generation_prompt=True, tokenize=False)
+        ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        tokens = tuple(tokenizer(asked)["input_ids"])
+        answer = generate(self.base, [Request(tokens, chosen)], Sampling(LENGTH), ends=ends)[0].text
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer + "\n"
+
+
+def test_turns_are_remembered_and_adapters_change_between_them(files):
+    wanted = Wanted(files)
+    adapters = ("--adapter", files.sql, "--adapter", files.js)
+    got = said(files, "Hi", "/use js", "More", "/use base", "Third", more=(*adapters, "--use", "sql"))
+    assert got == (
+        wanted("Hi", "sql") + "(js answers)\n" + wanted("More", "js") + "(base answers)\n" + wanted("Third", None)
+    )
+
+
+def test_a_run_answers_with_its_adapter_and_another_may_be_loaded_and_mixed(files):
+    wanted = Wanted(files)
+    got = said(files, "Hi", f"/load other={files.js}", "/use sql=0.7,other=0.3", "Mix", where=files.run)
+    first = wanted("Hi", "sql")
+    mixed = wanted("Mix", {"sql": 0.7, "js": 0.3})
+    assert got == first + "(other is there; /use other)\n(sql=0.7+other=0.3 answers)\n" + mixed
+
+
+def test_reset_forgets_and_system_is_told_first(files):
+    wanted = Wanted(files)
+    first = wanted("Hi")
+    wanted.turns = [{"role": "system", "content": "Be short"}]
+    again = wanted("Hi")
+    assert said(files, "Hi", "/reset", "/system Be short", "Hi") == f"{first}(forgotten)\n(told)\n{again}"
+    assert said(files, "Hi", more=("--system", "Be short")) == again
+    assert said(files, "/system", "Hi") == f"(told nothing)\n{first}"
+
+
+def test_commands_that_are_wrong_change_nothing(files):
+    wanted = Wanted(files)
+    typed = ("/use nobody", "/us x", "/load nowhere", "/load", "/load base=x", f"/load {files.sql}")
+    typed = (*typed, "/use sql=inf", "/foo")
+    lines = said(files, *typed, "", "  ", "//x", more=("--adapter", files.sql, "--use", "base")).splitlines()
+    marks = ("no adapter 'nobody'", "did you mean /use", "nowhere", "which adapter", "the base alone", "already")
+    for line, mark in zip(lines, (*marks, "finite", "/help"), strict=False):
+        assert line.startswith("(") and mark in line
+    assert "\n".join(lines[len(typed) :]) + "\n" == wanted("/x")
+
+
+def test_adapters_and_help_are_listed(files):
+    got = said(files, "/adapters", "/help", "/quit", "never", where=files.run)
+    assert (
+        got.startswith("* sql  LoRA(rank=2")
+        and "\n  base\n" in got
+        and "/use js" in got
+        and len(got.splitlines()) == 10
+    )
+    assert said(files, "/quit ", "never") == said(files, "/exit") == said(files) == ""
+
+
+def test_without_a_template_each_line_is_by_itself_and_that_is_said(plain):
+    got = said(plain, "Once", "Once", where=plain.run)
+    base = reopened(plain)
+    text = generate(base, [Request(tuple(base.tokenizer("Once")["input_ids"]), "sql")], Sampling(LENGTH))[0].text
+    assert got == (
+        f"(each line is continued by itself, and nothing is remembered: there is no chat template)\n{text}\n{text}\n"
+    )
+    assert "no place for it" in said(plain, "/system x")
+    refused("--system needs a chat template", app, "chat", plain.base, "--system", "x", input="")
+    refused("no adapter 'x'", app, "chat", plain.base, "--use", "x", input="")
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(files):
+    base = reopened(files)
+    talk = Conversation(prompter_of(base), room=20)
+    talk.system = "S"
+    dropped = 0
+    for i in range(12):
+        ready = talk.asked(f"question {i}")
+        dropped += ready.dropped
+        assert len(ready.tokens) <= 128 - 20
+        text = base.tokenizer.decode(ready.tokens)
+        assert text.count("<|im_start|>user") == talk.turns == i + 1 - dropped
+        assert text.startswith("<|im_start|>system\nS") and f"question {i}<" in text and f"question {dropped}<" in text
+        talk.answered("answer")
+    assert 0 < dropped < 12
+    with pytest.raises(LorakitError, match="no more than 108 leave room"):
+        talk.asked("x" * 200)
+    before = talk.turns
+    assert talk.asked("short").tokens and talk.turns <= before + 1
+    talk.unasked()
+    talk.reset()
+    assert talk.turns == 0
+    lines = said(files, *(f"question {i}" for i in range(9)), "y" * 200, "z").splitlines()
+    assert any("oldest 1 turn no longer fit" in line for line in lines)
+    assert any(line.startswith("(that is ") and "leave room for an answer" in line for line in lines)
+
+
+def test_windows_line_ends_a_byte_order_mark_and_unicode(files):
+    wanted = Wanted(files)
+    how = ("--device", "cpu", "--max-new-tokens", LENGTH)
+    got = ran(app, "chat", files.base, *how, input="\ufeffhéllo 🙂\r\n/quit\r\n").stdout
+    assert got == wanted("héllo 🙂")
+    refused("no UTF-8", app, "chat", files.base, *how, input=b"\xff\xfe\n")
+
+
+SCRIPT = """
+import sys
+from language_runs import command
+from lorakit.cli.chat import chat
+command(chat, "chat")(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path):
+    files = made(tmp_path, chat=True, kind="messages", max_position_embeddings=100_000)
+    path = files.base / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][[1, 4]] = 0.0  # it never ends a text by itself
+    save_file(tensors, path, {"format": "pt"})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-u", "-c", SCRIPT, "chat", str(files.run), "--max-new-tokens", "50000"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, env=environment, **pipes)
+    process.stdin.write(b"tell me all\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)  # it answers
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/adapters\n")
+    process.stdin.close()
+    rest = process.stdout.read().decode(errors="replace")
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert "\n(stopped)\n* sql" in rest
+    for pipe in (process.stdout, process.stderr):
+        pipe.close()
+    assert lk.adapters(reopened(files).model).keys() == {"sql", "js"}
