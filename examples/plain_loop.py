@@ -34,6 +34,7 @@ held_out, rows = rows[:8], rows[8:]
 
 @torch.no_grad()
 def validate() -> float:
+    """The loss on rows held out."""
     return model.eval()(input_ids=held_out, labels=held_out).loss.item()
 
 

@@ -22,6 +22,7 @@ rows = [{"input_ids": row, "labels": row} for row in data[: len(data) // 128 * 1
 
 
 def trainer_for(folder: Path) -> Trainer:
+    """The same each time."""
     torch.manual_seed(0)
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **size))
@@ -47,10 +48,12 @@ before = whole.evaluate()["eval_loss"]
 whole.train()
 after = whole.evaluate()["eval_loss"]
 continued.train(resume_from_checkpoint=out / "whole" / "checkpoint-20")
+lk.save(whole.model, out / "python")  # the adapter alone, to use or to share
 
-sizes = {name: (out / "whole/checkpoint-40" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")}
-base = 4 * sum(p.numel() for p in whole.model.parameters() if not p.requires_grad)
-print(f"loss on text held out: {before:.3f} before, {after:.3f} after; sizes: {sizes}, the base: {base}")
+size = (out / "whole" / "checkpoint-40" / "model.safetensors").stat().st_size
+base = sum(p.nbytes for p in whole.model.parameters() if not p.requires_grad)
+print(f"loss on text held out: {before:.3f} before, {after:.3f} after")
+print(f"the weights of a checkpoint: {size:,} bytes; those of the base: {base:,}")
 pairs = zip(lk.adapter_parameters(whole.model), lk.adapter_parameters(continued.model), strict=True)
 assert all(torch.equal(a, b) for a, b in pairs)
-assert after < before and sizes["model.safetensors"] < base / 5
+assert after < before and size < base / 5
