@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from small_lms import ARCHITECTURES, STORIES, byte_tokenizer, needs_stories, sma
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForSequenceClassification, T5Config
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.base import device_named, open_base
+from lorakit.finetune.base import device_named, open_base, open_outline
 from lorakit.finetune.quiet import quiet_transformers
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -50,6 +51,37 @@ def test_a_tokenizer_without_pad_and_end_is_given_what_it_knows_and_the_embeddin
     small_lm(tmp_path / "none", pad=False, eos=False)
     base = open_base(tmp_path / "none", device="cpu")
     assert base.tokenizer.eos_token is None and base.tokenizer.pad_token_id < size
+
+
+def alike(folder: Path, tokens: list[int]) -> None:
+    """These tokens have one row in the output embedding, as those that training never saw may have."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][tokens] = tensors["lm_head.weight"][tokens[0]].clone()
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_an_end_of_text_that_was_never_trained_is_that_with_which_texts_begin(tmp_path):
+    small_lm(tmp_path)
+    assert open_base(tmp_path, device="cpu").notes == ()
+    alike(tmp_path, [1, 3, 200])
+    for base in (open_base(tmp_path, device="cpu"), open_outline(tmp_path)):
+        assert base.tokenizer.eos_token == "<s>" and base.tokenizer.pad_token == "<pad>"
+        assert "'</s>' was never trained: to this model it is 2 other tokens too; texts end with '<s>'" in base.notes[0]
+    alike(tmp_path, [1, 0, 3])
+    for base in (open_base(tmp_path, device="cpu"), open_outline(tmp_path)):
+        assert base.tokenizer.eos_token == "</s>" and "answers may not end" in base.notes[0]
+
+
+@needs_stories
+def test_the_real_model_ends_texts_with_the_token_that_parts_its_stories():
+    for base in (open_base(STORIES, device="cpu"), open_outline(STORIES)):
+        assert base.tokenizer.eos_token == "<s>" and "never trained" in base.notes[0]
+    base = open_base(STORIES, device="cpu")
+    story = "Once upon a time, there was a girl. She was happy. The end."
+    with torch.no_grad():
+        logits = base.model(torch.tensor([base.tokenizer(story)["input_ids"]])).logits[0, -1]
+    assert logits[1] > logits[2] + 10, "after its last words the model wants the one, and never the other"
 
 
 def test_an_end_of_text_beyond_the_embedding_is_none(tmp_path):
@@ -113,12 +145,12 @@ def test_damaged_and_missing_weights_are_named(tmp_path):
     refused("model.safetensors", tmp_path)
 
 
-def test_weights_that_no_such_model_has_are_a_warning(tmp_path):
+def test_weights_that_no_such_model_has_are_noted(tmp_path):
     small_lm(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file({**load_file(path), "extra.weight": torch.zeros(3)}, path, {"format": "pt"})
-    with pytest.warns(UserWarning, match=r"extra\.weight"):
-        open_base(tmp_path, device="cpu")
+    (note,) = open_base(tmp_path, device="cpu").notes
+    assert "holds what no LlamaForCausalLM has: extra.weight" in note
 
 
 def test_a_missing_or_damaged_tokenizer_is_one_message(tmp_path):

@@ -119,6 +119,9 @@ def open_model(
             trust_remote_code=trust_remote_code,
             attention=attention or settings.get("attention"),
         )
+        if not settings:  # training has said it
+            for note in base.notes:
+                warnings.warn(note, stacklevel=1)
         for name, path in given:
             own = "adapter" if name == BASE and path in map(str, resolved.adapters.values()) else name
             loaded = load_adapter(base.model, path, own, verify)  # type: ignore[arg-type]

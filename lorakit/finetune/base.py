@@ -14,13 +14,16 @@ from urllib.parse import urlsplit
 import torch
 
 from lorakit.errors import LorakitError
+from lorakit.finetune.devices import DTYPES as DTYPES
+from lorakit.finetune.devices import device_named as device_named
+from lorakit.finetune.devices import dtype_on as dtype_on
 from lorakit.finetune.quiet import quiet_imports as quiet_imports
 from lorakit.finetune.quiet import quiet_transformers as quiet_transformers
+from lorakit.finetune.special_tokens import complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NAMED = 8
 """Weights that a message names at most."""
@@ -34,6 +37,8 @@ class Base:
     tokenizer: "PreTrainedTokenizerBase"
     where: str
     """The directory or hub id, as given."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of it: weights that were left out, an end of text that was never trained."""
 
 
 def open_base(
@@ -49,7 +54,8 @@ def open_base(
     """Load a causal language model and its tokenizer, in `eval()`.
 
     The tokenizer has a pad token afterwards, one that it knows already: the embedding never grows. If it names no end
-    of text, it is given that of the model's config.
+    of text, it is given that of the model's config; if that is a token which was never trained, so that the model
+    cannot tell it from others, texts end with the token that they begin with, if that was trained.
 
     Args:
         where: a directory that transformers' `save_pretrained` wrote, or a hub id.
@@ -62,9 +68,6 @@ def open_base(
         revision: of a hub id: a branch, a tag or a commit.
         trust_remote_code: whether code that comes with the model may run.
         attention: the attention implementation, by transformers' name: "sdpa", "eager", "flash_attention_2", ...
-
-    Warns:
-        Where the files hold weights that such a model does not have.
 
     Raises:
         LorakitError: there is no such model, it is damaged, it lacks weights, it is no causal language model, or it
@@ -84,10 +87,9 @@ def open_base(
         tokenizer = _tokenizer(where, source)
         model, unused = _model(where, config, source, place, kind, quantize, attention)
         _check_causal(where, model)
-    if unused:
-        warnings.warn(f"{where} holds what no {type(model).__name__} has: {_some(unused)}", stacklevel=2)
-    _complete(tokenizer, model)
-    return Base(model.eval(), tokenizer, where)
+    notes = [f"{where} holds what no {type(model).__name__} has: {_some(unused)}"] if unused else []
+    notes += [f"{where}: {said}"] if (said := complete(tokenizer, model)) else []
+    return Base(model.eval(), tokenizer, where, tuple(notes))
 
 
 def open_outline(where: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
@@ -112,8 +114,8 @@ def open_outline(where: str | Path, *, revision: str | None = None, trust_remote
             raise _unusable(f"{where} is a {config.model_type}, which is no causal language model", error) from None
         with suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(where, **_of_hub(source))
-    _complete(tokenizer, model)
-    return Base(model.eval(), tokenizer, where)
+    said = complete(tokenizer, model, Path(where) if local else None)
+    return Base(model.eval(), tokenizer, where, (f"{where}: {said}",) if said else ())
 
 
 def _source(where: str, revision: str | None, trust_remote_code: bool) -> tuple[bool, dict[str, Any]]:
@@ -129,42 +131,6 @@ def _source(where: str, revision: str | None, trust_remote_code: bool) -> tuple[
 
 def _of_hub(source: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in source.items() if name != "trust_remote_code" and value is not None}
-
-
-def device_named(device: str) -> torch.device:
-    """The device of that name; of "auto" the best there is.
-
-    Raises:
-        LorakitError: the name is none, or there is no such device.
-    """
-    if device == "auto":
-        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        device = next(kind for kind, there in kinds.items() if there)
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise LorakitError(f"{device!r} is no device; auto, cpu, cuda, cuda:1 and mps are") from None
-    if place.type == "cpu":
-        return torch.device("cpu")
-    backend = getattr(torch, place.type, None) if place.type != "mps" else torch.backends.mps
-    there = getattr(backend, "is_available", None)
-    if there is None or not there():
-        built = " (this torch is built for CPUs alone)" if place.type == "cuda" and torch.version.cuda is None else ""
-        raise LorakitError(f"there is no {place.type} device here{built}: give cpu, or auto for what there is")
-    if place.type == "mps":
-        return place
-    number = int(os.environ.get("LOCAL_RANK") or 0) if place.index is None else place.index
-    count = backend.device_count()  # type: ignore[union-attr]
-    if number >= count:
-        raise LorakitError(f"there is no {place.type}:{number} here: the devices are 0 to {count - 1}")
-    return torch.device(place.type, number)
-
-
-def dtype_on(place: torch.device) -> torch.dtype:
-    """What "auto" is there: bfloat16 where it is computed in; else float32, as float16 overflows in training."""
-    if place.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if place.type == "xpu" else torch.float32
 
 
 def _is_local(where: str) -> bool:
@@ -318,21 +284,6 @@ def _check_causal(where: str, model: Any) -> None:
         raise LorakitError(
             f"{where} is no causal language model: in this {model.config.model_type} a token sees those after it"
         )
-
-
-def _complete(tokenizer: Any, model: Any) -> None:
-    """Give the tokenizer an end of text, if the config knows one, and a pad token, which is always masked."""
-    size = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= size:
-        tokenizer.eos_token = None  # a class of tokenizers may add one that this model never had
-        stated = getattr(model.generation_config, "eos_token_id", None) or getattr(model.config, "eos_token_id", None)
-        number = stated[0] if isinstance(stated, list) and stated else stated
-        if isinstance(number, int) and 0 <= number < min(size, len(tokenizer)):
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
-        candidates = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
-        number = next(id for id in candidates if id is not None and id < size)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)
 
 
 def _some(names: list[str]) -> str:
