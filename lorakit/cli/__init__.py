@@ -1,15 +1,19 @@
 """The command line: one module per verb, each importing its part only when it runs."""
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
+from lorakit.cli.chat import chat
 from lorakit.cli.checkpoints import extract, merge
 from lorakit.cli.combine import combine, resize
 from lorakit.cli.compare import compare
 from lorakit.cli.convert import convert
 from lorakit.cli.digits import digits
+from lorakit.cli.eval import evaluate
+from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
 from lorakit.cli.svd import svd
 from lorakit.cli.train import ANY_WORDS, init, train
@@ -43,6 +47,9 @@ for command in (inspect, compare, combine, resize, extract, merge, convert, svd,
     app.command()(command)
 app.command(context_settings=ANY_WORDS)(init)
 app.command(context_settings=ANY_WORDS)(train)
+app.command()(generate)
+app.command()(chat)
+app.command("eval")(evaluate)
 
 
 def main() -> None:
@@ -55,5 +62,6 @@ def main() -> None:
         print("lorakit: stopped; every file that was written is whole", file=sys.stderr)
         sys.exit(STOPPED)
     except LorakitError as error:
-        print(f"lorakit: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"lorakit: {'' if rank == '0' else f'process {rank}: '}{error}", file=sys.stderr)
         sys.exit(2)

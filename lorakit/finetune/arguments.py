@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from lorakit.errors import LorakitError
+from lorakit.finetune.generation import context_of
 from lorakit.finetune.settings import Settings
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -70,22 +71,13 @@ def width_of(config: Any) -> int:
     return _WIDE
 
 
-def context_of(config: Any) -> int | None:
-    """The longest text that a model was made for, in tokens; None if it has no bound."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        if isinstance(getattr(text, name, None), int):
-            return int(getattr(text, name))
-    return None
-
-
-def length_of(settings: Settings, config: Any) -> int:
+def length_of(settings: Settings, model: Any) -> int:
     """How long examples may be.
 
     Raises:
         LorakitError: longer ones were asked for than the model has positions.
     """
-    context = context_of(config)
+    context = context_of(model)
     if settings.max_length is None:
         return min(1024, context or 1024)
     if context is not None and settings.max_length > context:

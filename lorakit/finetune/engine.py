@@ -8,9 +8,9 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
 from lorakit.budget import RankBudget
-from lorakit.finetune.arguments import context_of
 from lorakit.finetune.data import collate, stops_of
 from lorakit.finetune.directory import RunDirectory
+from lorakit.finetune.generation import context_of
 from lorakit.finetune.preparation import Prepared
 from lorakit.finetune.progress import Line
 from lorakit.finetune.record import Metrics
@@ -71,7 +71,7 @@ def build(
 
 def _sampled(prepared: Prepared) -> Any:
     settings, base = prepared.settings, prepared.base
-    context = context_of(base.model.config)
+    context = context_of(base.model)
     length = settings.sample_length if context is None else min(settings.sample_length, context // 2)
     room = 2**20 if context is None else context - length
     prompts = prompts_of(settings.samples, prepared.data.rows, base.tokenizer, settings.template, room)

@@ -131,7 +131,9 @@ def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared
         trust_remote_code=settings.trust_remote_code,
         attention=settings.attention,
     )
-    data = encode_data(settings, rows, base.tokenizer, length_of(settings, base.model.config))
+    data = encode_data(settings, rows, base.tokenizer, length_of(settings, base.model))
+    for note in base.notes:
+        line.say(note)
     line.say(data.report)
     if settings.packing:
         check_packing(base.model)
@@ -142,7 +144,7 @@ def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared
     plan = attach(settings, base, data, name, directory.resume)
     share = f"{plan.percent:.3g}% of the base's {plan.base_parameters:,}"
     line.say(f"adapter {name!r}: {plan.variant} on {len(plan.rows)} weights, {plan.parameters:,} numbers, {share}")
-    facts = {"data": data.digests[0], "validation": data.digests[1], "processes": processes()}
+    facts = {"data": data.digests[0], "validation": data.digests[1], "processes": processes(), "kind": rows[0].kind}
     return Prepared(resolved, name, base, plan, data, schedule, arguments, facts)
 
 

@@ -1,6 +1,5 @@
 """`--dry-run`: what a run would do, without doing it, and without loading the base's weights."""
 
-import re
 import sys
 
 import torch
@@ -10,12 +9,11 @@ from lorakit.finetune.base import DTYPES, device_named, dtype_on, open_outline
 from lorakit.finetune.data import shown
 from lorakit.finetune.directory import adapter_name, open_directory
 from lorakit.finetune.estimate import estimate
+from lorakit.finetune.groups import as_table
 from lorakit.finetune.methods import planned
 from lorakit.finetune.preparation import encode_data, read_data
 from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
-from lorakit.plan import Plan, Row
-from lorakit.tables import shape, table
 
 _MOST = 1500
 """Characters of the example that is shown."""
@@ -32,7 +30,7 @@ def rehearse(settings: Settings, line: Line) -> None:
     rows = read_data(settings)
     base = open_outline(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     model, config, tokenizer = base.model, base.model.config, base.tokenizer
-    data = encode_data(settings, rows, tokenizer, length_of(settings, config))
+    data = encode_data(settings, rows, tokenizer, length_of(settings, model))
     plan = planned(model, settings, adapter_name(settings))
     schedule = schedule_of(settings, len(data.train), len(data.validation), width_of(config))
     arguments = arguments_of(settings, schedule, directory.checkpoints, device)
@@ -59,7 +57,7 @@ def rehearse(settings: Settings, line: Line) -> None:
             f"            packed into {len(data.train):,} rows; that examples are blind to each other the run proves"
         )
     line.say("adapter")
-    line.say(_indented(_grouped(plan), 2))
+    line.say(_indented(as_table(plan), 2))
     line.say(f"memory      {memory}")
     passes = f"{schedule.steps / schedule.steps_an_epoch:.3g} times through the data"
     line.say(f"steps       {schedule.steps:,} of {schedule.examples_a_step} examples, {passes}")
@@ -72,29 +70,6 @@ def rehearse(settings: Settings, line: Line) -> None:
     example = data.encoded.examples[0]
     line.say(f"example     {example.where}; what is trained on stands {_legend()}:")
     line.say(_marked(shown(example, tokenizer)))
-
-
-def _grouped(plan: Plan) -> str:
-    """The plan with a line for all layers that are alike but for their numbers."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in plan.rows:
-        tensors = ", ".join(f"{name} {shape(size)}" for name, size in row.tensors.items())
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.layer)
-        groups.setdefault((name, row.kind, shape(row.weight), tensors, row.applied, row.note), []).append(row)
-    noted = any(key[-1] for key in groups)
-    rows = [
-        [
-            key[0],
-            f"{len(alike)}",
-            *key[1:5],
-            f"{sum(row.parameters for row in alike):,}",
-            *([key[5]] if noted else []),
-        ]
-        for key, alike in groups.items()
-    ]
-    headers = ["layers", "", "kind", "W", "trained", "applied", "numbers", *(["note"] if noted else [])]
-    total = f"{plan.parameters:,} new numbers beside {plan.base_parameters:,} frozen ones: {plan.percent:.3g}%"
-    return f"{plan.name}: {plan.variant}\n{table(headers, rows, right=('', 'numbers'))}\n{total}"
 
 
 def _dtype(settings: Settings, device: torch.device) -> torch.dtype:

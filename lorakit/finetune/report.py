@@ -10,9 +10,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from lorakit.finetune.groups import HEADERS, grouped
 from lorakit.finetune.progress import duration
 from lorakit.storage import write_whole
-from lorakit.tables import shape, size
+from lorakit.tables import size
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -148,18 +149,7 @@ def page(
         picture=f'<img alt="loss against steps" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         samples=_samples(rows),
         plan=html.escape(str(plan.variant)),
-        targets=_table(
-            ["weight", "W", "trained", "numbers"],
-            [
-                [
-                    row.layer,
-                    shape(row.weight),
-                    ", ".join(f"{k} {shape(v)}" for k, v in row.tensors.items()),
-                    f"{row.parameters:,}",
-                ]
-                for row in plan.rows
-            ],
-        ),
+        targets=_table(HEADERS, grouped(plan)),
         data=html.escape(data),
         settings=_table(
             ["setting", "value"], [[key, json.dumps(value, ensure_ascii=False)] for key, value in settings.items()]

@@ -62,7 +62,7 @@ def train(settings: Settings, line: Line | None = None) -> Outcome:
     first = int(os.environ.get("RANK", "0")) == 0
     if not first:
         line = Line(quiet=True)
-    directory = open_directory(settings)
+    directory = agreed(settings)
     for note in directory.notes:
         line.say(note)
     from lorakit.finetune.quiet import quiet_imports
@@ -77,6 +77,19 @@ def train(settings: Settings, line: Line | None = None) -> Outcome:
         if first:
             begin(directory, prepared.settings, prepared.facts)
         return _run(prepared, directory, line, first, begun)
+
+
+def agreed(settings: Settings) -> RunDirectory:
+    """What the first process finds in the run directory, in all that train together.
+
+    Raises:
+        LorakitError: a run cannot begin or go on there.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return open_directory(settings)
+    from lorakit.finetune.together import first_says
+
+    return first_says(lambda: open_directory(settings), cpu=settings.device == "cpu")
 
 
 @contextmanager

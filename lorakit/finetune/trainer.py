@@ -63,13 +63,19 @@ class AdapterTrainer(Trainer):
             groups = adapter_parameter_groups(
                 inner, self.args.learning_rate, self.settings.lora_plus, self.adapter, **options
             )
-        elif build is torch.optim.AdamW and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        elif build is torch.optim.AdamW and self._stays:
             self.flat = flat_parameter(inner, self.adapter)
             groups = [{"params": [self.flat], **options}]
         else:
             groups = [{"params": [p for p in adapter_parameters(inner, self.adapter) if p.requires_grad], **options}]
         self.optimizer = build(groups, **arguments)
         return self.optimizer
+
+    @property
+    def _stays(self) -> bool:
+        """Whether tensors stay where they are once the processes meet: accelerate moves a CPU's to "cpu:0", a copy."""
+        moved = self.args.device.type == "cpu" and self.accelerator.num_processes > 1
+        return not (moved or self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.flat is None:
