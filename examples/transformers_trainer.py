@@ -6,6 +6,7 @@ Its checkpoints hold the adapter, not the base, and a run continued from one end
 import argparse
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,20 +27,12 @@ def trainer_for(folder: Path) -> Trainer:
     torch.manual_seed(0)
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **size))
-    model._keys_to_ignore_on_save = list(model.state_dict())  # the base stays out of the checkpoints
+    model._keys_to_ignore_on_save = list(model.state_dict())  # checkpoints leave out the base, and keep
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)  # the model's own names
     lk.attach(model, lk.LoRA(rank=8, dropout=0.1), name="python")
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=40,
-        save_steps=20,
-        eval_strategy="steps",
-        eval_steps=20,
-        learning_rate=5e-3,
-        logging_steps=20,
-        disable_tqdm=True,
-        use_cpu=True,
-        report_to="none",
-    )
+    steps = {"max_steps": 40, "save_steps": 20, "eval_steps": 20, "logging_steps": 20, "eval_strategy": "steps"}
+    quiet = {"disable_tqdm": True, "report_to": "none"}
+    arguments = TrainingArguments(str(folder), learning_rate=5e-3, use_cpu=True, **steps, **quiet)
     return Trainer(model, arguments, train_dataset=rows[8:], eval_dataset=rows[:8])
 
 

@@ -138,6 +138,25 @@ def test_transformers_trainer(tmp_path):
     assert all(".lora." in key for key in whole)  # no key of the base
 
 
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+RENAMED = {
+    "GPTNeoX": (SMALL, 'lk.LoRA(rank=8), "lm_head"'),  # saved as embed_out
+    "Mixtral": (SMALL | {"num_key_value_heads": 4, "num_local_experts": 2}, 'lk.LoRA(rank=8), "*experts.down_proj"'),
+}
+
+
+@pytest.mark.parametrize("architecture", RENAMED)
+def test_transformers_trainer_on_models_whose_weights_are_saved_under_other_names(architecture, tmp_path):
+    sizes, what = RENAMED[architecture]
+    script = (EXAMPLES / "transformers_trainer.py").read_text(encoding="utf-8").replace("Llama", architecture)
+    script = re.sub(r"size = \{.*\}", f"size = {sizes}", script).replace("lk.LoRA(rank=8, dropout=0.1)", what)
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    _, out = run(tmp_path, str(tmp_path / "script.py"), "--out", str(tmp_path / "out"))
+    names = {weight.name for weight in lk.read(out / "python").weights}
+    keys = load_file(out / "whole/checkpoint-20/model.safetensors")
+    assert {key.replace(".lora.", ".").rpartition(".python.")[0] for key in keys} == names
+
+
 def test_trl(tmp_path):
     printed, out = run(tmp_path, "trl_sft.py", "--out", str(tmp_path / "out"))
     losses = [float(loss) for loss in re.search("every ten steps: (.*)", printed)[1].split()]
