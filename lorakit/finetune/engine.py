@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
 from lorakit.budget import RankBudget
+from lorakit.errors import LorakitError
 from lorakit.finetune.data import collate, stops_of
 from lorakit.finetune.directory import RunDirectory
 from lorakit.finetune.generation import context_of
@@ -36,20 +37,32 @@ class Examples(Dataset[Any]):
 def build(
     prepared: Prepared, directory: RunDirectory, line: Line, metrics: Metrics | None, stopper: Stopper
 ) -> tuple[AdapterTrainer, Watch]:
-    """The Trainer, ready to train, and who watches it."""
+    """The Trainer, ready to train, and who watches it.
+
+    Raises:
+        LorakitError: sharding was asked for where there is none.
+    """
     settings, schedule, base = prepared.settings, prepared.schedule, prepared.base
     watch = Watch(line, metrics, stopper, lambda: [], settings.patience)
-    trainer = AdapterTrainer(
-        settings=settings,
-        name=prepared.name,
-        folder=directory.checkpoints,
-        model=base.model,
-        args=prepared.arguments,
-        train_dataset=Examples(prepared.data.train),
-        eval_dataset=Examples(prepared.data.validation) if prepared.data.validation else None,
-        data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
-        callbacks=[watch],
-    )
+    try:
+        trainer = AdapterTrainer(
+            settings=settings,
+            name=prepared.name,
+            folder=directory.checkpoints,
+            model=base.model,
+            args=prepared.arguments,
+            train_dataset=Examples(prepared.data.train),
+            eval_dataset=Examples(prepared.data.validation) if prepared.data.validation else None,
+            data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
+            callbacks=[watch],
+        )
+    except (ValueError, ImportError) as error:
+        raise LorakitError(f"transformers' Trainer refuses these settings: {error}") from None
+    if settings.trainer.get("fsdp") and not trainer.is_fsdp_enabled:
+        raise LorakitError(
+            f"trainer.fsdp: accelerate shards no model on {base.model.device.type}; it needs GPUs, and a launcher "
+            "(torchrun --nproc-per-node N -m lorakit train ...)"
+        )
     trainer.remove_callback(PrinterCallback)
     watch.trainer = trainer
     if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:

@@ -155,7 +155,7 @@ def attach(settings: Settings, base: Base, data: Data, name: str, resume: Path |
         LorakitError: a target matches nothing, or the adapter is of another base.
     """
     if settings.gradient_checkpointing:
-        _checkpoint_gradients(base.model)
+        checkpoint_gradients(base.model)
     if settings.quantize is not None:
         base.model._hf_peft_config_loaded = True  # what transformers asks before it trains over a quantized base
     set_seed(settings.seed)
@@ -184,10 +184,11 @@ def _start_batches(settings: Settings, base: Base, data: Data) -> list[dict[str,
     return [{key: value.to(base.model.device) for key, value in batch.items()} for batch in batches]
 
 
-def _checkpoint_gradients(model: Any) -> None:
+def checkpoint_gradients(model: Any) -> None:
     """Layers compute their activations anew in the backward pass; this way needs no gradient of the input."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise LorakitError(f"gradient_checkpointing: a {type(model).__name__} cannot do that; leave it false")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the newer name is that of transformers 5.20 and later
