@@ -66,7 +66,7 @@ def run(folder: Path, script: str, *words: str) -> tuple[str, Path]:
     """What an example prints, and where its files are; it has written nowhere else."""
     for name in ("cwd", "temporary", "out"):
         (folder / name).mkdir()
-    before = files_in(EXAMPLES)
+    before = sorted(EXAMPLES.iterdir())
     # A fork server imports everything once and forks from there: seconds less for each example.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -76,7 +76,7 @@ def run(folder: Path, script: str, *words: str) -> tuple[str, Path]:
     if process.exitcode is None:
         process.kill()
     assert process.exitcode == 0, (folder / "errors").read_text()[-4000:]
-    assert files_in(EXAMPLES) == before
+    assert sorted(EXAMPLES.iterdir()) == before
     assert not files_in(folder / "cwd")
     assert "--out" not in words or not files_in(folder / "temporary")
     return (folder / "printed").read_text(), folder / "out"
