@@ -1,12 +1,12 @@
 """What `lorakit train` costs beside a loop written by hand, and beside PEFT under transformers' Trainer.
 
     python -m benchmarks.finetune                     # a Llama of 2.2 million numbers, made here
-    python -m benchmarks.finetune --model DIR         # another one, such as ../shared/models/stories260K
+    python -m benchmarks.finetune --model DIR         # another one
 
-One thread. Every arm trains an adapter of the same rank on the same layers, examples, batches and seed, with fused
-AdamW, clipping at 1 and a cosine: what differs is the code around. The arms take turns in one process; of each round the
-seconds of CPU time for a step are taken between the fifth step and the last, and of the rounds the smallest. After the
-table of costs comes one of quality: the validation loss after the last step, for three seeds.
+One thread. Every arm trains an adapter of the same rank on the same layers and batches from the same A, with fused
+AdamW, clipping at 1 and a cosine: what differs is the code around. The arms take turns in one process; of each round
+the CPU time of a step is taken between the fifth step and the last. After the table of costs comes one of quality: the
+validation loss after the last step, for three seeds.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
@@ -37,6 +39,7 @@ from lorakit.finetune.directory import begin, open_directory
 from lorakit.finetune.engine import Examples, build
 from lorakit.finetune.preparation import encode_data, prepare, read_data
 from lorakit.finetune.progress import Line
+from lorakit.finetune.quiet import quiet_imports
 from lorakit.finetune.stopping import Stopper
 from lorakit.finetune.trainer import row_losses
 
@@ -92,7 +95,7 @@ def write_model(folder: Path) -> Path:
             num_attention_heads=6,
             num_key_value_heads=3,
             max_position_embeddings=512,
-        )  # fmt: skip
+        )
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -108,7 +111,8 @@ class Bench:
         return checked(
             {
                 "model": self.model, "data": self.data, "out": str(self.folder / out), "overwrite": True,
-                "steps": self.steps, "batch_size": BATCH, "rank": RANK, "learning_rate": RATE, "warmup": WARM, "seed": seed,
+                "steps": self.steps, "batch_size": BATCH, "rank": RANK, "learning_rate": RATE, "warmup": WARM,
+                "seed": seed,
                 "eval_every": 10**6, "samples": 0, "max_length": 256, "result": "last", "device": "cpu",
             },
             "bench",
@@ -148,12 +152,14 @@ class Bench:
         return clock, validation(model, data, base)
 
     def batches(self, data: Any, base: Base, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
+        """In the order that accelerate gives them to a Trainer."""
+        examples = Examples(data.train)
+        for epoch in count():
+            sampler = SeedableRandomSampler(examples, data_seed=seed)
+            sampler.set_epoch(epoch)
             yield from DataLoader(
-                Examples(data.train), BATCH, shuffle=True, generator=generator,
-                collate_fn=lambda rows: collate(rows, base.tokenizer.pad_token_id),
-            )  # fmt: skip
+                examples, BATCH, sampler=sampler, collate_fn=lambda rows: collate(rows, base.tokenizer.pad_token_id)
+            )
 
     def command(self, seed: int) -> tuple[Clock, float]:
         """What `lorakit train` runs."""
@@ -189,7 +195,8 @@ class Bench:
             output_dir=str(self.folder / "peft"), max_steps=self.steps, per_device_train_batch_size=BATCH,
             learning_rate=RATE, lr_scheduler_type="cosine", warmup_steps=WARM, weight_decay=0.0, max_grad_norm=1.0,
             optim="adamw_torch_fused", seed=seed, data_seed=seed, logging_steps=10, save_strategy="no", use_cpu=True,
-            report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, log_level="error",
+            report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            log_level="error",
         )  # fmt: skip
         trainer = Trainer(
             model, arguments, train_dataset=Examples(data.train), callbacks=[clock],
@@ -209,16 +216,17 @@ def is_block(name: str, module: nn.Module) -> bool:
 def validation(model: nn.Module, data: Any, base: Base) -> float:
     """The mean loss of a trained token on the validation data."""
     model.eval()
-    total, count = 0.0, 0
+    total, number = 0.0, 0
     for start in range(0, len(data.validation), BATCH):
         batch = collate(data.validation[start : start + BATCH], base.tokenizer.pad_token_id)
         labels = batch.pop("labels")
         losses, counts = row_losses(model(**batch).logits, labels)
-        total, count = total + losses.sum().item(), count + int(counts.sum())
-    return total / count
+        total, number = total + losses.sum().item(), number + int(counts.sum())
+    return total / number
 
 
 def main() -> None:
+    quiet_imports()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
@@ -249,13 +257,11 @@ def show_costs(bench: Bench, rounds: int) -> None:
     for number in range(rounds):
         for name in sorted(arms, key=lambda name: (list(arms).index(name) + number) % len(arms)):
             found[name].append(arms[name](0)[0].each())
-    floor = min(found["a loop by hand"])
-    print(f"{'':16}  ms a step  to the loop  of each round")
+    print(f"{'':16}  ms a step, least  to the loop: least, median of the rounds")
     for name, times in found.items():
         pairs = [mine / its for mine, its in zip(times, found["a loop by hand"], strict=True)]
-        print(
-            f"{name:16}  {min(times) * 1e3:9.2f}  {min(times) / floor:11.3f}  {statistics.median(pairs):.3f} in the median"
-        )
+        least = min(times) / min(found["a loop by hand"])
+        print(f"{name:16}  {min(times) * 1e3:16.2f}  {least:18.3f}  {statistics.median(pairs):.3f}")
 
 
 def show_quality(bench: Bench) -> None:

@@ -36,12 +36,12 @@ def train(
         _list_settings()
         return
     asked = settings_from(config, context.args)
-    from lorakit.finetune.quiet import quiet_imports
-
-    quiet_imports()
     from lorakit.finetune.progress import Line, duration
 
     if dry_run:
+        from lorakit.finetune.quiet import quiet_imports
+
+        quiet_imports()
         from lorakit.finetune.rehearsal import rehearse
 
         rehearse(asked, Line())

@@ -22,6 +22,11 @@ _RATE = 2e-4
 """The rate that the QLoRA paper found for models of this width (arXiv:2305.14314, table 9)."""
 _POWER = 0.75
 """How it grows for narrower ones: a model 64 wide learns best at 5e-3 (docs/measurements.md)."""
+_FACTORS = {
+    "rslora": 0.5, "pissa": 0.5, "olora": 0.5, "lora-ga": 0.5, "lora-fa": 3.0, "loha": 3.0, "lokr": 3.0, "adalora": 3.0,
+    "vera": 10.0,
+}  # fmt: skip
+"""What suits a method, against LoRA's: measured there too."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,13 @@ def schedule_of(settings: Settings, rows: int, validation: int, width: int) -> S
         settings.batch_size * settings.accumulation * processes(),
         eval_every,
         save_every,
-        auto_rate(width) if settings.learning_rate == "auto" else settings.learning_rate,
+        auto_rate(width, settings.method) if settings.learning_rate == "auto" else settings.learning_rate,
     )
 
 
-def auto_rate(width: int) -> float:
-    """2e-4 for a model 4096 wide, and more for narrower ones: 2e-4·(4096/width)^0.75, to two digits."""
-    return float(f"{_RATE * (_WIDE / width) ** _POWER:.1e}")
+def auto_rate(width: int, method: str = "lora") -> float:
+    """2e-4 for a model 4096 wide, more for narrower ones, 2e-4·(4096/width)^0.75, times the method's; two digits."""
+    return float(f"{_RATE * (_WIDE / width) ** _POWER * _FACTORS.get(method, 1.0):.1e}")
 
 
 def width_of(config: Any) -> int:

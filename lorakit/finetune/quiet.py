@@ -1,5 +1,6 @@
 """What other libraries say when they are imported or load something, kept off the terminal."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,9 +20,21 @@ def quiet_imports() -> None:
         logger = logging.getLogger(name)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), uncollected():
         warnings.simplefilter("ignore")
         import transformers.modeling_utils  # noqa: F401  # which imports torchao and others
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python looks for no garbage: while modules are imported there is none, and the looks cost a second."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 @contextmanager

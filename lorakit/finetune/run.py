@@ -65,18 +65,18 @@ def train(settings: Settings, line: Line | None = None) -> Outcome:
     directory = agreed(settings)
     for note in directory.notes:
         line.say(note)
-    from lorakit.finetune.quiet import quiet_imports
+    from lorakit.finetune.quiet import quiet_imports, uncollected
 
     quiet_imports()
-    from lorakit.finetune.preparation import (
-        prepare,
-    )  # imports torch and transformers, once all else is known to be right
+    with uncollected():
+        from lorakit.finetune.engine import build  # transformers' Trainer with it, which imports much
+        from lorakit.finetune.preparation import prepare
 
     with locked(directory.path) if first else _nothing():
         prepared = prepare(settings, directory, line)
         if first:
             begin(directory, prepared.settings, prepared.facts)
-        return _run(prepared, directory, line, first, begun)
+        return _run(prepared, build, directory, line, first, begun)
 
 
 def agreed(settings: Settings) -> RunDirectory:
@@ -97,8 +97,7 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _run(prepared: Any, directory: RunDirectory, line: Line, first: bool, begun: float) -> Outcome:
-    from lorakit.finetune.engine import build
+def _run(prepared: Any, build: Any, directory: RunDirectory, line: Line, first: bool, begun: float) -> Outcome:
     from lorakit.finetune.record import Metrics, environment
     from lorakit.finetune.stopping import Stopper
     from lorakit.storage import write_whole

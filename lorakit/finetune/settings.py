@@ -109,7 +109,7 @@ class Settings(BaseModel):
     learning_rate: Number | Literal["auto"] = _setting(
         "training",
         "auto",
-        "the largest; auto is 2e-4·(4096/width)^0.75, more for narrower models",
+        "the largest; auto is 2e-4·(4096/width)^0.75, times what suits the method",
         union_mode="left_to_right",
     )
     lora_plus: Number | None = _setting("training", None, "B's learning rate is this many times A's (LoRA+: 16)", gt=0)
