@@ -1,5 +1,6 @@
 """Small runs of `lorakit train` for tests: a model, a file of examples, and the settings for a few seconds."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from lorakit.finetune.config import checked
 from lorakit.finetune.run import Outcome, train
 from lorakit.finetune.settings import Settings
 
+gc.freeze()  # accelerate collects at the beginning of each run, which takes a second among all that tests import
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
