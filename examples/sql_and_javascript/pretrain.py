@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.sql_and_javascript.start import start_copying
 from lorakit.checkpoints.staged import staged
 from lorakit.errors import LorakitError
 from lorakit.finetune.quiet import quiet_transformers
@@ -39,13 +40,13 @@ class Recipe:
     layers: int = 4
     heads: int = 5
     context: int = 512
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 8
     length: int = 256
     """Tokens of a row in pretraining."""
-    learning_rate: float = 0.01
+    learning_rate: float = 0.003
     repeats: float = 0.25
-    """The share of rows that repeat stretches of random tokens instead of being text."""
+    """The share of rows that are random tokens over and over, instead of text."""
     characters: int | None = None
     """Of the text, from its start; all of it by default."""
     seed: int = 0
@@ -135,8 +136,10 @@ def _make(recipe: Recipe, texts: list[str], out: Path, made_of: dict[str, Any], 
                 eos_token_id=eos,
                 pad_token_id=tokenizer.pad_token_id,
                 tie_word_embeddings=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
             )
         )
+        start_copying(model, torch.Generator().manual_seed(recipe.seed))
     _train(model, tokens[: -held.numel()], recipe, say)
     with torch.no_grad():
         loss = model.eval()(input_ids=held, labels=held, use_cache=False).loss.item()
@@ -185,7 +188,7 @@ def _tokenizer(recipe: Recipe, texts: list[str]) -> Any:
 
 
 def _train(model: nn.Module, tokens: Tensor, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Rows that begin anywhere; the rate falls to zero along a line in the last half."""
+    """Rows that begin anywhere; the rate rises for a seventh of the steps, and falls to zero in the last half."""
     named = dict(model.named_parameters())
     matrices = [each for name, each in named.items() if each.ndim == 2 and "embed" not in name]
     others = [each for each in named.values() if not any(each is matrix for matrix in matrices)]
@@ -198,13 +201,14 @@ def _train(model: nn.Module, tokens: Tensor, recipe: Recipe, say: Callable[[str]
     start, mean = time.perf_counter(), 0.0
     model.train()
     for step in range(recipe.steps):
-        share = min(1.0, (step + 1) / (0.03 * recipe.steps), 2 * (1 - step / recipe.steps))
+        # Slowly at first: fast steps undo the start before it is of use.
+        share = min(1.0, 7 * (step + 1) / recipe.steps, 2 * (1 - step / recipe.steps))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate * share
         places = torch.randint(len(tokens) - recipe.length, (recipe.batch, 1), generator=draw)
         rows = tokens[places + torch.arange(recipe.length)]
         repeated = round(recipe.repeats * recipe.batch)
-        rows[:repeated] = _repeats(tokens, repeated, recipe.length, draw)
+        rows[:repeated] = _repeats(recipe.vocabulary, repeated, recipe.length, draw)
         loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -217,15 +221,14 @@ def _train(model: nn.Module, tokens: Tensor, recipe: Recipe, say: Callable[[str]
             say(f"  step {step + 1} of {recipe.steps}  loss {mean:.3f}  {left:.0f} s left")
 
 
-def _repeats(tokens: Tensor, rows: int, length: int, draw: torch.Generator) -> Tensor:
-    """(rows, length) stretches of 8 tokens from a pool of 64 that were drawn anywhere in the text: a row each.
-
-    Only copying helps here. Large models learn to copy from text alone, after a hundred times as many tokens as there
-    are here, and without it names and numbers of a question do not get into its answer.
-    """
-    pool = tokens[torch.randint(len(tokens), (rows, 64), generator=draw)]
-    starts = torch.randint(64 - 8 + 1, (rows, -(-length // 8), 1), generator=draw)
-    return pool.gather(1, (starts + torch.arange(8)).flatten(1)[:, :length])
+def _repeats(vocabulary: int, rows: int, length: int, draw: torch.Generator) -> Tensor:
+    """(rows, length) random tokens that come again and again in the same order: only copying helps here."""
+    found = torch.empty(rows, length, dtype=torch.int64)
+    for row in range(rows):
+        period = int(torch.randint(length // 16, length // 3, (1,), generator=draw))
+        order = torch.randperm(vocabulary, generator=draw)[:period]
+        found[row] = order.repeat(-(-length // len(order)))[:length]
+    return found
 
 
 def _first(texts: list[str], characters: int) -> list[str]:
