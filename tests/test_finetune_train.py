@@ -200,6 +200,20 @@ class TestWhatIsRefused:
         with pytest.raises(LorakitError, match="base"):
             go_on(other, folder, dropout=0.1, accumulation=2)
 
+    def test_a_base_that_changed_where_no_adapter_is(self, done, model, tmp_path):
+        folder = copied(done, tmp_path)
+        changed = tmp_path / "changed"
+        base = open_base(model, device="cpu")
+        with torch.no_grad():
+            base.model.get_input_embeddings().weight.mul_(2)
+        base.model.save_pretrained(changed)
+        base.tokenizer.save_pretrained(changed)
+        kept = folder / "run" / "config.yaml"
+        kept.write_text(kept.read_text().replace(str(model), str(changed)))
+        shutil.rmtree(folder / "run" / "checkpoints" / "step-00000012")
+        with pytest.raises(LorakitError, match="base was"):
+            go_on(changed, folder, dropout=0.1, accumulation=2)
+
     def test_a_damaged_checkpoint_by_name(self, done, model, tmp_path):
         folder = copied(done, tmp_path)
         file = folder / "run" / "checkpoints" / "step-00000009" / "optimizer.pt"

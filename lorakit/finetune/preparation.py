@@ -1,5 +1,6 @@
 """Everything that a run needs before its first step: data in tokens, the base with its adapter, and a schedule."""
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from lorakit.finetune.directory import RunDirectory, adapter_name
 from lorakit.finetune.methods import adapt, variant_of
 from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
+from lorakit.fingerprint import fingerprint
 from lorakit.plan import Plan
 
 _START = 16
@@ -138,14 +140,29 @@ def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared
     if settings.packing:
         check_packing(base.model)
         line.say(f"packed: {len(data.encoded.examples):,} examples in {len(data.train):,} rows")
+    known = base_digest(base.model)
     schedule = schedule_of(settings, len(data.train), len(data.validation), width_of(base.model.config))
     resolved = settings.model_copy(update={"name": name, "out": str(directory.path)})
     arguments = arguments_of(resolved, schedule, directory.checkpoints, base.model.device)
     plan = attach(settings, base, data, name, directory.resume)
     share = f"{plan.percent:.3g}% of the base's {plan.base_parameters:,}"
     line.say(f"adapter {name!r}: {plan.variant} on {len(plan.rows)} weights, {plan.parameters:,} numbers, {share}")
-    facts = {"data": data.digests[0], "validation": data.digests[1], "processes": processes(), "kind": rows[0].kind}
+    facts = {
+        "data": data.digests[0],
+        "validation": data.digests[1],
+        "base": known,
+        "processes": processes(),
+        "kind": rows[0].kind,
+    }
     return Prepared(resolved, name, base, plan, data, schedule, arguments, facts)
+
+
+def base_digest(model: nn.Module) -> str:
+    """Of values spread over every weight of a base, also those that no adapter is on: 16 hex digits."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {fingerprint(tensor)}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def attach(settings: Settings, base: Base, data: Data, name: str, resume: Path | None) -> Plan:
