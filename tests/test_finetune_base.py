@@ -1,6 +1,7 @@
 """A base: opened from any directory of transformers, or one error that says why not."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -127,6 +128,35 @@ def test_a_hub_that_cannot_be_reached_is_one_message_and_soon(monkeypatch, tmp_p
     monkeypatch.setenv("HF_ENDPOINT", "https://no-such-host.invalid")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     refused("no directory lorakit-tests/none, and as a hub id", "lorakit-tests/none")
+
+
+CACHED = """
+import sys, time
+from huggingface_hub import constants
+from lorakit.finetune.base import open_base, open_outline
+from lorakit.finetune.hub import snapshot
+open_base(sys.argv[1])  # imports, and what a first model costs
+start = time.monotonic()
+base = open_base("me/tiny")
+assert time.monotonic() - start < 2, time.monotonic() - start
+assert base.where == "me/tiny" and not constants.HF_HUB_OFFLINE
+assert open_outline("me/tiny").model.config.model_type == "llama"
+assert (snapshot("me/tiny") / "model.safetensors").exists()
+"""
+
+
+def test_a_hub_id_in_the_cache_opens_without_a_network_soon_and_silently(tmp_path):
+    """With PEFT installed transformers looks for an adapter beside it, in ways of its own."""
+    repository, sha = tmp_path / "hub" / "models--me--tiny", "0123456789abcdef0123456789abcdef01234567"
+    folder = small_lm(repository / "snapshots" / sha)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(sha)
+    own = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://no-such-host.invalid"}
+    away = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_OFFLINE", "HF_HUB_CACHE")
+    env = {name: value for name, value in os.environ.items() if name not in away} | own
+    command = [sys.executable, "-c", CACHED, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0 and done.stdout == "" and done.stderr == "", done.stderr
 
 
 def test_damaged_and_missing_weights_are_named(tmp_path):

@@ -1,15 +1,12 @@
 """A base: a causal language model of transformers and its tokenizer, from a directory or the hub."""
 
-import json
 import os
 import re
-import socket
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -17,6 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.finetune.devices import DTYPES as DTYPES
 from lorakit.finetune.devices import device_named as device_named
 from lorakit.finetune.devices import dtype_on as dtype_on
+from lorakit.finetune.hub import hub_is_near, is_local, offline
 from lorakit.finetune.quiet import quiet_imports as quiet_imports
 from lorakit.finetune.quiet import quiet_transformers as quiet_transformers
 from lorakit.finetune.special_tokens import complete
@@ -24,7 +22,6 @@ from lorakit.finetune.special_tokens import complete
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NAMED = 8
 """Weights that a message names at most."""
 
@@ -81,7 +78,7 @@ def open_base(
     place = device_named(device)
     kind = dtype_on(place) if dtype == "auto" else DTYPES[dtype]
     local, source = _source(where, revision, trust_remote_code)
-    with quiet_transformers(), warnings.catch_warnings():
+    with quiet_transformers(), offline("local_files_only" in source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = _config(where, local, source)
         tokenizer = _tokenizer(where, source)
@@ -100,7 +97,7 @@ def open_outline(where: str | Path, *, revision: str | None = None, trust_remote
     """
     where = os.path.expanduser(os.fspath(where))
     local, source = _source(where, revision, trust_remote_code)
-    with quiet_transformers(), warnings.catch_warnings():
+    with quiet_transformers(), offline("local_files_only" in source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -122,55 +119,15 @@ def _source(where: str, revision: str | None, trust_remote_code: bool) -> tuple[
     """Whether it is a directory, and the arguments that say where from."""
     if not where:
         raise LorakitError("which model? Give a directory or a hub id")
-    local = _is_local(where)
+    local = is_local(where)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if local or not _hub_is_near():
+    if local or not hub_is_near():
         source["local_files_only"] = True
     return local, source
 
 
 def _of_hub(source: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in source.items() if name != "trust_remote_code" and value is not None}
-
-
-def _is_local(where: str) -> bool:
-    """Whether it is a directory; what can be neither a directory nor a hub id is an error."""
-    path = Path(where)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise LorakitError(f"{where} is no model of transformers: it holds no config.json{_instead(path)}")
-        return True
-    if path.exists():
-        raise LorakitError(f"{where} is a file: a model is a directory with config.json, weights and tokenizer")
-    if not _HUB_ID.fullmatch(where) or where.endswith((".json", ".safetensors", ".yaml", ".yml")):
-        raise LorakitError(f"there is no directory {where}, and that is no hub id (owner/name) either")
-    return False
-
-
-def _instead(path: Path) -> str:
-    """What a directory without a model is, if it can be told."""
-    try:
-        if (path / "adapter_config.json").exists():
-            told = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-            base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
-            return f"; it is an adapter{f' of {base}' if base else ''}"
-    except (OSError, ValueError):
-        return "; it is an adapter"
-    if (path / "config.yaml").exists():
-        return "; it is a training run, whose base is in its config.yaml"
-    return ""
-
-
-def _hub_is_near() -> bool:
-    """Whether the hub's name can be looked up: without a network transformers would try for half a minute."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except (OSError, UnicodeError):
-        return False
-    return True
 
 
 def _config(where: str, local: bool, source: dict[str, Any]) -> Any:
