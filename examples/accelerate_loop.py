@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,7 +17,9 @@ import lorakit as lk
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", help="a directory for the states")
-out = Path(parser.parse_args().out or tempfile.mkdtemp())
+given = parser.parse_args().out
+first = PartialState(cpu=True).is_main_process
+out = Path(broadcast_object_list([(given or tempfile.mkdtemp()) if first else None])[0])  # one for all processes
 
 
 def train(start: int, end: int) -> list[Tensor]:

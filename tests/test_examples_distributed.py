@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def torchrun(processes: int, script: str, folder: Path) -> str:
+def torchrun(processes: int, script: str, folder: Path, *, out: bool = True) -> str:
     """What it prints. The port is one that is free; the network stays on this machine."""
-    words = ["--standalone", "--nproc-per-node", str(processes), str(EXAMPLES / script), "--out", str(folder)]
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    words = ["--standalone", "--nproc-per-node", str(processes), str(EXAMPLES / script)]
+    words += ["--out", str(folder)] if out else []
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         cwd=folder,
@@ -51,3 +52,10 @@ def test_two_processes_under_fsdp2_train_as_one(tmp_path):
 def test_two_processes_under_accelerate_continue_to_the_same_bits(tmp_path):
     printed = torchrun(2, "accelerate_loop.py", tmp_path)
     assert printed.count("equal to the bit") == 2
+
+
+def test_two_processes_under_accelerate_share_a_directory_that_nobody_named(tmp_path):
+    printed = torchrun(2, "accelerate_loop.py", tmp_path, out=False)
+    assert printed.count("equal to the bit") == 2
+    (states,) = {path.parents[1] for path in tmp_path.rglob("epoch-6/model.safetensors")}
+    assert {path.name for path in states.iterdir()} == {f"epoch-{i}" for i in range(1, 7)}
