@@ -1,6 +1,7 @@
 """A base with adapters and a run directory, as `lorakit train` leaves one, for the commands that use them."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,20 @@ def made(folder: Path, *, chat: bool = False, kind: str | None = "prompt", **con
     return files
 
 
-def as_run(path: Path, base: Path | str, data: Path, kind: str | None) -> None:
+def as_run(path: Path, base: Path | str, data: Path, kind: str | None, template: str | None = None) -> None:
     """What a run directory holds beside its adapter."""
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    settings = f"model: {base}\ndata: {data}\nname: sql\ndtype: auto\ndevice: auto\ntemplate: null\n"
+    settings = f"model: {base}\ndata: {data}\nname: sql\ndtype: auto\ndevice: auto\n"
+    settings += f"template: {json.dumps(template)}\n"
     (path / "config.yaml").write_text(settings)
     (path / "run.json").write_text(json.dumps({} if kind is None else {"kind": kind}))
+
+
+def as_other_run(files: Files, path: Path, kind: str | None = "prompt", template: str | None = None) -> Path:
+    """The adapter `js` as a run that was trained in another way."""
+    shutil.copytree(files.js, path / "adapter")
+    as_run(path, files.base, files.data, kind, template)
+    return path
 
 
 def reopened(files: Files) -> Base:

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from language_runs import Files, command, made, ran, refused, reopened
+from language_runs import Files, as_other_run, command, made, ran, refused, reopened
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
@@ -139,8 +139,61 @@ def test_the_oldest_turns_go_when_the_context_is_full(files):
     talk.reset()
     assert talk.turns == 0
     lines = said(files, *(f"question {i}" for i in range(9)), "y" * 200, "z").splitlines()
-    assert any("oldest 1 turn no longer fit" in line for line in lines)
+    counts = [int(line[1:].split()[0]) for line in lines if line.endswith("turns no longer fit, and are forgotten)")]
+    assert counts == sorted(set(counts)) and counts[0] > 1, "said when there are more"
+    one = said(files, "q" * 42, "r" * 42, where=files.base).splitlines()
+    assert "(1 turn no longer fits, and is forgotten)" in one
     assert any(line.startswith("(that is ") and "leave room for an answer" in line for line in lines)
+
+
+def test_each_adapter_sees_the_turns_as_its_run_was_trained(files, tmp_path):
+    base = reopened(files)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    other = as_other_run(files, tmp_path / "js", "messages", template)
+    ways = {"sql": prompter_of(base, kind="messages"), "js": prompter_of(base, kind="messages", template=template)}
+    turns: list[dict[str, str]] = []
+
+    def wanted(text: str, chosen: str | None, like: str) -> str:
+        turns.append({"role": "user", "content": text})
+        request = Request(ways[like].tokens({"messages": turns}), chosen, ways[like].ends())
+        answer = generate(base, [request], Sampling(LENGTH))[0].text
+        turns.append({"role": "assistant", "content": answer})
+        return f"{answer}\n"
+
+    lines = (wanted("Hi", "sql", "sql"), wanted("More", "js", "js"), wanted("Third", None, "sql"))
+    answers = "(x answers)\n".join(lines[:2]) + "(base answers)\n" + lines[2]
+    typed = ("Hi", "/use x", "More", "/use base", "Third")
+    assert said(files, *typed, where=files.run, more=("--adapter", f"x={other}")) == answers
+    loaded = said(files, "Hi", f"/load x={other}", *typed[1:], where=files.run)
+    assert loaded == answers.replace("(x answers)", "(x is there; /use x)\n(x answers)")
+    turns.clear()
+    assert said(files, "Hi", where=other) == said(files, "Hi", more=("--adapter", other)) == wanted("Hi", "js", "js")
+
+
+def test_an_adapter_that_sees_no_turns_among_others_that_do(files, tmp_path):
+    base = reopened(files)
+    other = as_other_run(files, tmp_path / "js", "prompt")
+    first = Wanted(files)
+    alone = generate(base, [Request(prompter_of(base, kind="prompt").tokens("By itself"), "js")], Sampling(LENGTH))
+    typed = ("Hi", "/use x", "By itself", "/use sql", "More")
+    assert said(files, *typed, where=files.run, more=("--adapter", f"x={other}")) == (
+        first("Hi", "sql")
+        + "(x answers)\n(each line is continued by itself, and nothing is remembered: prompts are taken as prompt)\n"
+        + f"{alone[0].text}\n(sql answers)\n(what was said is seen again)\n"
+        + first("More", "sql")
+    )
+
+
+def test_adapters_are_mixed_as_generate_does_and_an_answer_ends_before_a_stop_text(files):
+    adapters = ("--adapter", files.sql, "--adapter", files.js)
+    mixed = Wanted(files)("Hi", {"sql": 0.7, "js": 0.3})
+    for use in ("sql=0.7+js=0.3", "sql=0.7,js=0.3"):
+        assert said(files, f"/use {use}", "Hi", more=adapters) == "(sql=0.7+js=0.3 answers)\n" + mixed
+        assert said(files, "Hi", more=(*adapters, "--use", use)) == mixed
+    stop = mixed[2:4]
+    stopped = said(files, "Hi", more=(*adapters, "--use", "sql=0.7+js=0.3", "--stop", stop))
+    assert stopped == mixed.partition(stop)[0] + "\n"
 
 
 def test_windows_line_ends_a_byte_order_mark_and_unicode(files):
@@ -149,6 +202,18 @@ def test_windows_line_ends_a_byte_order_mark_and_unicode(files):
     got = ran(app, "chat", files.base, *how, input="\ufeffhéllo 🙂\r\n/quit\r\n").stdout
     assert got == wanted("héllo 🙂")
     refused("no UTF-8", app, "chat", files.base, *how, input=b"\xff\xfe\n")
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_stdin_that_is_no_text_is_one_message(files, locale):
+    process = subprocess.run(
+        [sys.executable, "-m", "lorakit", "chat", str(files.run)],
+        input=b"\xff\xfe\n",
+        capture_output=True,
+        env={**os.environ, "LC_ALL": locale, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    said = process.stderr.decode()
+    assert process.returncode != 0 and "stdin is no UTF-8" in said and "Traceback" not in said, said
 
 
 SCRIPT = """

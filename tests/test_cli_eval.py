@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from language_runs import Files, command, made, ran, refused, reopened
+from language_runs import Files, as_other_run, command, made, ran, refused, reopened
 from small_lms import STORIES, needs_stories
 
 from lorakit.cli.eval import evaluate
@@ -77,6 +77,44 @@ def test_columns_and_masks_are_those_of_the_run_unless_others_are_given(files, t
         config.write_text(before)
 
 
+def test_each_adapter_is_asked_in_the_template_of_its_run(files, tmp_path):
+    template = "Q: {prompt} A:"
+    other = as_other_run(files, tmp_path / "js", "prompt", template)
+    base = reopened(files)
+    rows = read_rows(str(files.data))
+    plain, filled = (encode(rows, base.tokenizer, max_length=128, template=each).examples for each in (None, template))
+
+    def losses(*arguments: object) -> list[float]:
+        return [each["loss"] for each in found(*arguments)["results"]]
+
+    with_plain, with_template = [score(base, plain, c).loss for c in (None, "sql")], score(base, filled, "js").loss
+    assert losses(files.run, files.data, "--adapter", f"x={other}") == pytest.approx([*with_plain, with_template])
+    alone = [score(base, filled, None).loss, with_template]
+    assert losses(files.base, files.data, "--adapter", f"x={other}") == pytest.approx(alone) != with_plain
+    given = losses(files.run, files.data, "--adapter", f"x={other}", "--template", template)
+    assert given == pytest.approx([score(base, filled, chosen).loss for chosen in (None, "sql", "js")])
+    text = ran(app, "eval", files.run, files.data, "--adapter", f"x={other}").stdout
+    assert "\nbase, sql: " in text and "\nx: " in text
+    path = tmp_path / "d.jsonl"
+    question = tuple(base.tokenizer("Q: Who? A:")["input_ids"])
+    answer = generate(base, [Request(question, "js")], Sampling(5))[0].text
+    path.write_text(json.dumps({"prompt": "Who?", "completion": answer}) + "\n")
+    asked = found(files.run, path, "--adapter", f"x={other}", "--max-new-tokens", 5)["results"]
+    assert [each["matched"] for each in asked] == [0, 0, 1]
+    (tmp_path / "t.jsonl").write_text('{"text": "abc"}\n')
+    assert found(other, tmp_path / "t.jsonl")["results"][0]["tokens"] == 3, "text has no template"
+
+
+def test_what_is_not_given_is_as_in_the_run_of_the_first_adapter(files, tmp_path):
+    other = as_other_run(files, tmp_path / "js")
+    path = tmp_path / "named.csv"
+    path.write_text("ask,say\nWho?, the king\n")
+    with (other / "config.yaml").open("a") as config:
+        config.write("columns: {prompt: ask, completion: say}\ntrain_on: all\n")
+    got = found(files.base, path, "--adapter", other, "--no-generate")
+    assert got["results"][0]["tokens"] == len("Who? the king")
+
+
 def test_text_has_a_perplexity_and_no_answers(files, tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "abc"}\n')
@@ -115,8 +153,10 @@ def test_a_loss_that_is_no_number_is_null_in_json_and_shown(tmp_path):
         (("--columns", "prompt"), "prompt=question"),
         (("--columns", "prompt=nope", "--columns", "completion=nope2"), "nope"),
         (("--max-length", 1000), "more than the model's context of 128"),
-        (("--max-length", -3), "max_length"),
-        (("--max-new-tokens", -3), "max_new_tokens"),
+        (("--max-length", 0), "--max-length 0 must be 1 or more"),
+        (("--max-length", -3), "--max-length"),
+        (("--max-new-tokens", 0), "--max-new-tokens 0 must be 1 or more"),
+        (("--max-new-tokens", -3), "--max-new-tokens"),
         (("--train-on", "prompts"), "train_on"),
         (("--template", "nothing"), "template"),
         (("--adapter", "nowhere"), "nowhere"),

@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from language_runs import Files, command, made, ran, refused, reopened
+from language_runs import Files, as_other_run, as_run, command, made, ran, refused, reopened
 
 import lorakit as lk
 from lorakit.cli.generate import generate
 
-from lorakit.finetune.generation import Request, generate as answers_to  # isort: skip
+from lorakit.finetune.generation import Request, ends_of, generate as answers_to  # isort: skip
+from lorakit.finetune.generation_prompts import prompter_of
 from lorakit.finetune.generation_steps import Sampling
 
 app = command(generate, "generate")
@@ -118,10 +119,88 @@ def test_a_chat_template_is_used_where_training_did_and_raw_text_is_raw(tmp_path
     assert lines(files.base, "hi", "--template", "Q: {prompt} A:")[0]["text"] == expected(files, "Q: hi A:", None)
 
 
+def test_each_adapter_is_asked_as_its_own_run_was_trained(files, tmp_path):
+    other = as_other_run(files, tmp_path / "js", "instruction")
+    heading = "### Instruction:\nhi\n\n### Response:\n"
+    wanted = expected(files, heading, "js")
+    assert lines(other, "hi")[0]["text"] == wanted != expected(files, "hi", "js")
+    assert lines(files.base, "hi", "--adapter", f"x={other}")[0]["text"] == wanted, "with the base named"
+    both = lines(files.run, "hi", "--adapter", f"x={other}")
+    assert [each["text"] for each in both] == [expected(files, "hi", "sql"), wanted]
+    raw = lines(files.run, "hi", "--adapter", f"x={other}", "--raw")
+    assert [each["text"] for each in raw] == [expected(files, "hi", "sql"), expected(files, "hi", "js")]
+    template = lines(files.run, "hi", "--adapter", f"x={other}", "--template", "Q: {prompt} A:")
+    assert [each["text"] for each in template] == [expected(files, "Q: hi A:", name) for name in ("sql", "js")]
+    # The base is asked like what it is compared with.
+    compared = lines(files.run, "hi", "--adapter", f"x={other}", "--use", "base,x")
+    assert [each["text"] for each in compared] == [expected(files, heading, None), wanted]
+    plain = lines(files.base, "hi", "--adapter", files.js)
+    assert plain[0]["text"] == expected(files, "hi", "js"), "of no run"
+
+
+def test_the_template_and_the_ends_are_those_of_each_run(tmp_path):
+    files = made(tmp_path, chat=True, kind="messages")
+    (tmp_path / "t.txt").write_text("Q: {prompt} A:")
+    other = as_other_run(files, tmp_path / "project" / "other", "prompt", "t.txt")  # seen from a directory above it
+    base = reopened(files)
+    chat = prompter_of(base, kind="messages")
+    asked = Request(chat.tokens("hi"), "sql", chat.ends())
+    assert base.tokenizer.convert_tokens_to_ids("<|im_end|>") in chat.ends() - ends_of(base)
+    found = lines(files.run, "hi", "--adapter", f"x={other}")
+    assert found[0]["text"] == answers_to(base, [asked], Sampling(8))[0].text
+    assert found[1]["text"] == expected(files, "Q: hi A:", "js")
+
+
+def test_a_mixture_is_asked_as_its_first_and_that_is_said(files, tmp_path):
+    other = as_other_run(files, tmp_path / "js", "instruction")
+    how = ("hi", "--adapter", f"x={other}", "--use", "sql=0.5+x=0.5")
+    assert lines(files.run, *how)[0]["text"] == expected(files, "hi", {"sql": 0.5, "js": 0.5})
+    said = ran(app, "generate", files.run, *how, "--max-new-tokens", 2).stderr
+    assert said == "lorakit: sql=0.5+x=0.5 is asked as sql was trained; x was trained in another way\n"
+
+
+def test_draws_of_one_prompt_differ_whatever_is_in_a_batch(files, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("A\n" * 20)
+    how = ("--file", path, "--temperature", 1.5, "--seed", 3)
+    texts = [each["text"] for each in lines(files.base, *how)]
+    assert len(set(texts)) == 20
+    assert [each["text"] for each in lines(files.base, *how, "--batch-size", 1)] == texts
+    streamed = ran(app, "generate", files.base, *how, "--stream", "--max-new-tokens", 8).stdout
+    blocks = ran(app, "generate", files.base, *how, "--max-new-tokens", 8).stdout
+    assert all(f"\n{text}\n" in streamed and f"\n{text}\n" in blocks for text in texts)
+
+
+def test_a_base_that_moved_is_said_with_the_cure(tmp_path, monkeypatch):
+    files = made(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    as_run(files.run, "m/mv", files.data, "prompt")
+    said = refused(r"run/config\.yaml names", app, "generate", "run", "A")
+    assert "there is no directory m/mv" in said and "lorakit generate NEWPLACE --adapter run" in said
+    files.base.rename(tmp_path / "moved")
+    said = refused("adapter_config.json names", app, "generate", "sql", "A")
+    assert "--adapter sql" in said
+    assert lines("moved", "A", "--adapter", "sql")[0]["adapter"] == "sql"
+    assert "names" not in refused("m/mv", app, "generate", "m/mv", "A")
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_stdin_that_is_no_text_is_one_message(files, locale):
+    process = subprocess.run(
+        [sys.executable, "-m", "lorakit", "generate", str(files.run), "--file", "-"],
+        input=b"\xff\xfe",
+        capture_output=True,
+        env={**os.environ, "LC_ALL": locale, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    said = process.stderr.decode()
+    assert process.returncode != 0 and "stdin is no UTF-8" in said and "Traceback" not in said, said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "which prompt"),
+        (("\udcff",), "prompt 1: .*half a character"),
         (("A", "--stream", "--json"), "do not go together"),
         (("A", "--use", "sqll"), "no adapter 'sqll': there are sql, base"),
         (("A", "--use", "sql,sql"), "twice"),

@@ -22,6 +22,7 @@ from lorakit.cli.language import (
     Repetition,
     Revision,
     Seed,
+    Stop,
     Temperature,
     Template,
     TopK,
@@ -29,10 +30,12 @@ from lorakit.cli.language import (
     TrustRemoteCode,
     Verify,
     chosen_of,
+    escaped,
     label_of,
     noted,
     open_model,
     shown,
+    strict_stdin,
 )
 from lorakit.errors import LorakitError
 
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from lorakit.finetune.generation_steps import Sampling
 
 HELP = """/use js               who answers from now on: an adapter, or base
-/use sql=0.7,js=0.3   several at once, with strengths
+/use sql=0.7+js=0.3   several at once, with strengths
 /adapters             who is there
 /load NAME=PATH       one more adapter
 /system TEXT          what the model is told first; without a text, nothing
@@ -62,6 +65,7 @@ def chat(
     top_k: TopK = 0,
     repetition_penalty: Repetition = 1.0,
     seed: Seed = None,
+    stop: Stop = None,
     raw: Raw = False,
     template: Template = None,
     device: Device = "auto",
@@ -79,7 +83,8 @@ def chat(
     from lorakit.finetune.conversation import Conversation
     from lorakit.finetune.generation_steps import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    ends = tuple(escaped(text) for text in stop or ())
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, ends)
     opened = open_model(
         model,
         adapter,
@@ -93,14 +98,16 @@ def chat(
         template=template,
         raw=raw,
     )
-    conversation = Conversation(opened.prompter, max_new_tokens)
+    strict_stdin()
+    who = use if use is not None else next(iter(opened.names), BASE)
+    conversation = Conversation(opened.asked(_chosen(who, opened.names)), max_new_tokens)
     if system is not None and not conversation.remembers:
         raise LorakitError(
             "--system needs a chat template, and there is none: leave it away, or give --template chatml"
         )
     conversation.system = system
     session = Session(opened, conversation, sampling, verify)
-    session.use(use if use is not None else next(iter(opened.names), BASE))
+    session.use(who)
     session.run()
 
 
@@ -109,9 +116,8 @@ class Session:
 
     def __init__(self, opened: Opened, conversation: "Conversation", sampling: "Sampling", verify: str) -> None:
         self._opened, self._conversation, self._sampling, self._verify = opened, conversation, sampling, verify
-        self._names = list(opened.names)
         self._chosen: Chosen = None
-        self._ends = opened.prompter.ends()
+        self._seen = True
         self._commands: dict[str, Callable[[str], None]] = {
             "/use": self._use,
             "/adapters": lambda rest: self._adapters(),
@@ -123,10 +129,7 @@ class Session:
 
     def run(self) -> None:
         """Read lines and answer them until there are no more."""
-        if not self._conversation.remembers:
-            own = self._opened.base.tokenizer.chat_template is None
-            why = "there is no chat template" if own else f"prompts are taken as {self._opened.prompter.kind}"
-            print(f"(each line is continued by itself, and nothing is remembered: {why})", flush=True)
+        self._note_memory()
         while (line := self._line()) is not None:
             if line.strip() in ("/quit", "/exit"):
                 return
@@ -143,9 +146,21 @@ class Session:
         """
         from lorakit.finetune.generation import acting
 
-        chosen = chosen_of(text, self._names, ",")
+        chosen = _chosen(text, self._opened.names)
         with acting(self._opened.base.model, chosen):
             self._chosen = chosen
+        self._opened.note_mixture(chosen)
+        self._conversation.prompter = self._opened.asked(chosen)
+
+    def _note_memory(self) -> None:
+        """Say it if what was said is no longer seen, or is again."""
+        prompter, seen = self._conversation.prompter, self._conversation.remembers
+        if seen != self._seen:
+            own = prompter.base.tokenizer.chat_template is None and prompter.template is None
+            why = "there is no chat template" if own else f"prompts are taken as {prompter.kind}"
+            lost = f"each line is continued by itself, and nothing is remembered: {why}"
+            print(f"({'what was said is seen again' if seen else lost})", flush=True)
+        self._seen = seen
 
     def _line(self) -> str | None:
         """The next line; None at the end."""
@@ -181,7 +196,9 @@ class Session:
 
         ready = self._conversation.asked(text)
         if ready.dropped:
-            print(f"(the oldest {counted(ready.dropped, 'turn')} no longer fit, and are forgotten)", flush=True)
+            number = self._conversation.forgotten
+            fits = "fits, and is" if number == 1 else "fit, and are"
+            print(f"({counted(number, 'turn')} no longer {fits} forgotten)", flush=True)
         pieces: list[str] = []
 
         def heard(row: int, piece: str) -> None:
@@ -190,7 +207,10 @@ class Session:
 
         try:
             generate(
-                self._opened.base, [Request(ready.tokens, self._chosen)], self._sampling, ends=self._ends, heard=heard
+                self._opened.base,
+                [Request(ready.tokens, self._chosen, self._conversation.prompter.ends())],
+                self._sampling,
+                heard=heard,
             )
             print(flush=True)
         except KeyboardInterrupt:
@@ -204,17 +224,18 @@ class Session:
         if rest:
             self.use(rest)
         print(f"({label_of(self._chosen)} answers)", flush=True)
+        self._note_memory()
 
     def _adapters(self) -> None:
         from lorakit.resident import adapters
 
         resident = adapters(self._opened.base.model)
-        for name in (*self._names, BASE):
+        for name in (*self._opened.names, BASE):
             what = f"  {resident[name].variant}, {resident[name].parameters:,} numbers" if name in resident else ""
             print(f"{'*' if _acts(name, self._chosen) else ' '} {name}{what}", flush=True)
 
     def _load(self, rest: str) -> None:
-        from lorakit.finetune.generation_adapters import load_adapter, named_path
+        from lorakit.finetune.generation_adapters import named_path
 
         if not rest:
             raise LorakitError("which adapter? /load NAME=PATH")
@@ -222,9 +243,8 @@ class Session:
         if name == BASE:
             raise LorakitError(f"{BASE!r} is the base alone: call the adapter otherwise")
         with noted():
-            loaded = load_adapter(self._opened.base.model, path, name, self._verify)  # type: ignore[arg-type]
-        self._names.append(loaded.name)
-        print(f"({loaded.note or f'{loaded.name} is there'}; /use {loaded.name})", flush=True)
+            loaded, note = self._opened.load(path, name, self._verify)
+        print(f"({note or f'{loaded} is there'}; /use {loaded})", flush=True)
 
     def _system(self, rest: str) -> None:
         if not self._conversation.remembers:
@@ -235,6 +255,11 @@ class Session:
     def _reset(self) -> None:
         self._conversation.reset()
         print("(forgotten)", flush=True)
+
+
+def _chosen(text: str, names: Sequence[str]) -> "Chosen":
+    """As `generate` has it, sql=0.7+js=0.3, or with commas."""
+    return chosen_of(text, names, "," if "," in text else "+")
 
 
 def _acts(name: str, chosen: "Chosen") -> bool:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -24,6 +24,7 @@ from lorakit.cli.language import (
     label_of,
     open_model,
     say,
+    settings_of,
     shown,
 )
 from lorakit.errors import LorakitError
@@ -31,6 +32,7 @@ from lorakit.errors import LorakitError
 if TYPE_CHECKING:
     from lorakit.finetune.data import Encoded, Rows
     from lorakit.finetune.generation import Chosen
+    from lorakit.finetune.generation_prompts import Prompter
     from lorakit.finetune.scoring import Question, Result, Score
 
 _LENGTH = 1024
@@ -47,6 +49,15 @@ class _Findings:
     @property
     def matched(self) -> int:
         return sum(result.matched for result in self.results or ())
+
+
+class _Way(NamedTuple):
+    """The rows as an adapter's training would have them."""
+
+    prompter: "Prompter"
+    encoded: "Encoded"
+    questions: "list[Question]"
+    """Empty if no answers are asked for, or the rows have none."""
 
 
 def evaluate(
@@ -84,12 +95,14 @@ def evaluate(
 
     Answers are generated greedily and compared but for space around them, where rows have one.
     """
-    for name, number, least in (("limit", limit, 1), ("show", show, 0), ("batch-size", batch_size, 1)):
+    least_of = {"limit": 1, "show": 0, "batch-size": 1, "max-length": 1, "max-new-tokens": 1}
+    given = (limit, show, batch_size, max_length, max_new_tokens)
+    for (name, least), number in zip(least_of.items(), given, strict=True):
         if number is not None and number < least:
             raise LorakitError(f"--{name} {number} must be {least} or more")
-    from lorakit.finetune.resolve import resolve
+    from lorakit.finetune.generation_prompts import Prompter
 
-    settings = resolve(model).settings
+    settings = settings_of(model, adapter)
     rows = _rows(data, columns, settings, split, limit)
     opened = open_model(
         model,
@@ -104,14 +117,23 @@ def evaluate(
         template=template,
         raw=False,
     )
-    encoded = _encoded(opened, rows, settings, train_on, max_length)
     chosen: list[Chosen] = [*([None] if base or not opened.names else []), *opened.names]
-    questions = [] if no_generate else _questions(opened, rows)
-    findings = [_findings(opened, who, encoded, questions, max_new_tokens, batch_size, no_generate) for who in chosen]
+    ways: dict[str | None, _Way] = {}
+    of = {label_of(who): template or _template(opened, who, rows) for who in chosen}
+    for each in of.values():
+        if each not in ways:
+            prompter = Prompter(opened.base, rows.kind, each)
+            encoded = _encoded(prompter, rows, settings, train_on, max_length)
+            ways[each] = _Way(prompter, encoded, [] if no_generate else _questions(prompter, rows))
+    findings = [_findings(who, ways[of[label_of(who)]], max_new_tokens, batch_size) for who in chosen]
     if as_json:
-        print(json.dumps(_as_json(data, rows, encoded, findings, show), ensure_ascii=False))
+        print(json.dumps(_as_json(data, rows, next(iter(ways.values())).encoded, findings, show), ensure_ascii=False))
         return
-    print(f"{rows}\n{encoded.report}\n")
+    print(rows)
+    for each, way in ways.items():
+        users = ", ".join(name for name, its in of.items() if its == each)
+        print(f"{users}: {way.encoded.report}" if len(ways) > 1 else way.encoded.report)
+    print()
     _show(findings)
     for found in findings:
         _show_mismatches(found, show)
@@ -130,49 +152,47 @@ def _rows(
     return rows if limit is None else rows[:limit]
 
 
+def _template(opened: Opened, chosen: "Chosen", rows: "Rows") -> str | None:
+    """That of the adapter's training, but plain text has none."""
+    return None if rows.kind == "text" else opened.asked(chosen).template
+
+
 def _encoded(
-    opened: Opened, rows: "Rows", settings: dict[str, Any], train_on: str | None, max_length: int | None
+    prompter: "Prompter", rows: "Rows", settings: dict[str, Any], train_on: str | None, max_length: int | None
 ) -> "Encoded":
     """The rows as training has them."""
     from lorakit.finetune.data import encode
     from lorakit.finetune.generation import context_of
 
-    context = context_of(opened.base.model)
+    context = context_of(prompter.base.model)
     longest = max_length or settings.get("max_length") or min(_LENGTH, context or _LENGTH)
     if context is not None and longest > context:
         raise LorakitError(f"--max-length {longest} is more than the model's context of {context}")
     how: Any = train_on or settings.get("train_on") or "completion"
-    return encode(rows, opened.base.tokenizer, max_length=longest, train_on=how, template=opened.prompter.template)
+    return encode(rows, prompter.base.tokenizer, max_length=longest, train_on=how, template=prompter.template)
 
 
-def _questions(opened: Opened, rows: "Rows") -> "list[Question]":
+def _questions(prompter: "Prompter", rows: "Rows") -> "list[Question]":
     from lorakit.finetune.scoring import questions_of
 
-    questions, lost = questions_of(rows, opened.prompter)
+    questions, lost = questions_of(rows, prompter)
     if lost:
         say(f"{counted(lost, 'prompt')} left no room for an answer in the model's context, and were not asked")
     return questions
 
 
-def _findings(
-    opened: Opened,
-    chosen: "Chosen",
-    encoded: "Encoded",
-    questions: "Sequence[Question]",
-    max_new_tokens: int | None,
-    batch_size: int,
-    no_generate: bool,
-) -> _Findings:
+def _findings(chosen: "Chosen", way: _Way, max_new_tokens: int | None, batch_size: int) -> _Findings:
     from lorakit.finetune.generation_steps import Sampling
     from lorakit.finetune.scoring import answer_length, ask, score
 
-    base, who = opened.base, label_of(chosen)
+    prompter, encoded, questions = way
+    base, who = prompter.base, label_of(chosen)
     with progress(f"Scoring {who}") as bar:
         task = bar.add_task("", total=len(encoded.examples))
         scored = score(
             base, encoded.examples, chosen, batch_size=batch_size, moved=lambda done: bar.update(task, completed=done)
         )
-    if no_generate or not questions:
+    if not questions:
         return _Findings(chosen, scored, None)
     sampling = Sampling(max_new_tokens or answer_length(base, questions))
     with progress(f"Asking {who}") as bar:
@@ -182,7 +202,7 @@ def _findings(
             questions,
             chosen,
             sampling=sampling,
-            ends=opened.prompter.ends(),
+            ends=prompter.ends(),
             batch_size=batch_size,
             moved=lambda done: bar.update(task, completed=done),
         )

@@ -31,10 +31,12 @@ from lorakit.cli.language import (
     TrustRemoteCode,
     Verify,
     chosen_of,
+    escaped,
     label_of,
     open_model,
     say,
     shown,
+    strict_stdin,
 )
 from lorakit.errors import LorakitError
 
@@ -95,7 +97,7 @@ def generate(
         raise LorakitError("which prompt? Give some, or --file with one a line")
     if stream and as_json:
         raise LorakitError("--stream and --json do not go together: leave one away")
-    from lorakit.finetune.generation import Request
+    from lorakit.finetune.generation import Request, numbered
     from lorakit.finetune.generation_steps import Sampling
 
     sampling = Sampling(
@@ -105,7 +107,7 @@ def generate(
         top_k,
         repetition_penalty,
         seed,
-        tuple(_escaped(text) for text in stop or ()),
+        tuple(escaped(text) for text in stop or ()),
     )
     prompts = _prompts(given, file)
     opened = open_model(
@@ -122,8 +124,14 @@ def generate(
         raw=raw,
     )
     chosen = _chosen(use, compare, opened.names)
-    encoded = [opened.prompter.tokens(each.content, each.where) for each in prompts]
-    requests = [Request(tokens, who) for tokens in encoded for who in chosen]
+    for who in chosen:
+        opened.note_mixture(who)
+    askers = [(who, prompter, prompter.ends()) for who in chosen if (prompter := opened.asked(who, chosen))]
+    requests = numbered(
+        Request(prompter.tokens(each.content, each.where), who, ends)
+        for each in prompts
+        for who, prompter, ends in askers
+    )
     if stream or (len(requests) == 1 and sys.stdout.isatty() and not as_json):
         _stream(opened, prompts, chosen, requests, sampling)
         return
@@ -145,13 +153,16 @@ def _prompts(given: Sequence[str], file: Path | None) -> "list[Prompt]":
 
     found = [Prompt(text, text, f"prompt {number}") for number, text in enumerate(given, 1)]
     if file is not None:
-        found += read_prompts(list(sys.stdin), "stdin", jsonl=False) if str(file) == "-" else prompts_at(file)
+        found += read_prompts(_piped(), "stdin", jsonl=False) if str(file) == "-" else prompts_at(file)
     return found
 
 
-def _escaped(text: str) -> str:
-    """A shell gives no line end easily: a backslash and an n mean one."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
+def _piped() -> list[str]:
+    strict_stdin()
+    try:
+        return list(sys.stdin)
+    except UnicodeDecodeError as error:
+        raise LorakitError(f"stdin is no UTF-8: {error}") from None
 
 
 def _chosen(use: str | None, compare: bool, names: Sequence[str]) -> "list[Chosen]":
@@ -190,7 +201,6 @@ def _answers(opened: Opened, requests: "Sequence[Request]", sampling: "Sampling"
             opened.base,
             requests,
             sampling,
-            ends=opened.prompter.ends(),
             batch_size=batch_size,
             finished=lambda i, answer: bar.advance(task),
         )
@@ -214,7 +224,6 @@ def _stream(
             opened.base,
             [request],
             sampling,
-            ends=opened.prompter.ends(),
             heard=lambda row, piece: print(shown(piece), end="", flush=True),
         )
         print("\n" if i + 1 < len(requests) else "", flush=True)

@@ -3,11 +3,12 @@
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from lorakit.finetune.base import Base
     from lorakit.finetune.generation import Chosen
     from lorakit.finetune.generation_prompts import Prompter
-    from lorakit.finetune.resolve import Resolved
 
 BASE = "base"
 """What the base without an adapter is called."""
@@ -63,13 +63,71 @@ Stop = Annotated[list[str] | None, typer.Option(help="A text before which to end
 
 @dataclass(frozen=True)
 class Opened:
-    """A base with its adapters, and how it is asked."""
+    """A base with its adapters, and how each is asked."""
 
     base: "Base"
-    names: tuple[str, ...]
-    """The adapters, in the order in which they were given."""
-    prompter: "Prompter"
-    resolved: "Resolved"
+    plain: "Prompter"
+    """For the base, and adapters of which it is not known how they were trained."""
+    prompters: "dict[str, Prompter]"
+    """By adapter, in the order in which they were given."""
+    template: str | None
+    """As it was given, for all."""
+    raw: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order in which they were given."""
+        return tuple(self.prompters)
+
+    def asked(self, chosen: "Chosen", beside: "Sequence[Chosen]" = ()) -> "Prompter":
+        """How this choice is asked: as in the training of the adapter, or of the first of several.
+
+        The base is asked like the first adapter that it is `beside`, or else that is there.
+        """
+        if chosen is None:
+            chosen = next((each for each in beside if each is not None), next(iter(self.prompters), None))
+        if chosen is None:
+            return self.plain
+        return self.prompters[chosen if isinstance(chosen, str) else next(iter(chosen))]
+
+    def note_mixture(self, chosen: "Chosen") -> None:
+        """Say so if these adapters were trained in different ways, of which only one can be asked."""
+        if not isinstance(chosen, Mapping):
+            return
+        first, *others = chosen
+        odd = [name for name in others if self.prompters[name] != self.prompters[first]]
+        if odd:
+            trained = "was trained" if len(odd) == 1 else "were trained"
+            say(f"{label_of(chosen)} is asked as {first} was trained; {', '.join(odd)} {trained} in another way")
+
+    def load(self, path: str, name: str | None, verify: str) -> tuple[str, str | None]:
+        """One more adapter: its name, and what is to be said of it.
+
+        Raises:
+            LorakitError: see `load_adapter`; or it is called like the base.
+        """
+        from lorakit.attach import remove
+        from lorakit.finetune.generation_adapters import load_adapter
+
+        prompter = self.trained(path)
+        loaded = load_adapter(self.base.model, path, name, verify)  # type: ignore[arg-type]
+        if loaded.name == BASE:
+            remove(self.base.model, BASE)
+            raise LorakitError(f"{BASE!r} is the base alone: call the adapter otherwise, NAME={path}")
+        self.prompters[loaded.name] = prompter
+        return loaded
+
+    def trained(self, path: str) -> "Prompter":
+        """How an adapter, or a run, was trained; if that is not known, as others are asked.
+
+        Raises:
+            LorakitError: its config cannot be read, or its template is none.
+        """
+        from lorakit.finetune.generation_prompts import prompter_of
+        from lorakit.finetune.resolve import training_of
+
+        run = None if self.raw or self.template is not None else training_of(path)
+        return self.plain if run is None else prompter_of(self.base, kind=run.kind, template=run.template)
 
 
 def open_model(
@@ -99,8 +157,8 @@ def open_model(
         raise LorakitError("transformers is not installed: pip install 'lorakit[llm]'")
     if verify not in ("sample", "full", "off"):
         raise LorakitError(f"--verify {verify!r} must be sample, full or off")
-    from lorakit.finetune.generation_adapters import load_adapter, named_path
-    from lorakit.finetune.resolve import kind_of, resolve
+    from lorakit.finetune.generation_adapters import named_path
+    from lorakit.finetune.resolve import resolve
 
     resolved = resolve(where)
     given = [*((name, str(path)) for name, path in resolved.adapters.items()), *map(named_path, adapters or ())]
@@ -108,32 +166,73 @@ def open_model(
     from lorakit.finetune.generation_prompts import prompter_of
 
     settings = resolved.settings
-    names: list[str] = []
     with noted():
-        base = open_base(
-            resolved.model,
-            device=device,
-            dtype=dtype or settings.get("dtype") or "auto",
-            quantize=quantize or settings.get("quantize"),
-            revision=revision or settings.get("revision"),
-            trust_remote_code=trust_remote_code,
-            attention=attention or settings.get("attention"),
-        )
+        try:
+            base = open_base(
+                resolved.model,
+                device=device,
+                dtype=dtype or settings.get("dtype") or "auto",
+                quantize=quantize or settings.get("quantize"),
+                revision=revision or settings.get("revision"),
+                trust_remote_code=trust_remote_code,
+                attention=attention or settings.get("attention"),
+            )
+        except LorakitError as error:
+            raise _with_source(error, where, resolved.model) from None
         if not settings:  # training has said it
             for note in base.notes:
                 warnings.warn(note, stacklevel=1)
+        opened = Opened(base, prompter_of(base, template=template, raw=raw), {}, template, raw)
+        opened = replace(opened, plain=opened.trained(where))
         for name, path in given:
-            own = "adapter" if name == BASE and path in map(str, resolved.adapters.values()) else name
-            loaded = load_adapter(base.model, path, own, verify)  # type: ignore[arg-type]
-            if loaded.name == BASE:
-                raise LorakitError(f"{BASE!r} is the base alone: call the adapter otherwise, NAME={path}")
-            names.append(loaded.name)
-            if loaded.note is not None:
-                warnings.warn(loaded.note, stacklevel=1)
-    prompter = prompter_of(
-        base, kind=None if raw else kind_of(resolved), template=template or settings.get("template"), raw=raw
+            mine = "adapter" if name == BASE and path in map(str, resolved.adapters.values()) else name
+            _, said = opened.load(path, mine, verify)
+            if said is not None:
+                warnings.warn(said, stacklevel=1)
+    return opened
+
+
+def _with_source(error: LorakitError, where: str, model: str) -> LorakitError:
+    """If a run or an adapter names a base that is not there: who names it, and what to do."""
+    from lorakit.finetune.resolve import naming
+
+    source = naming(where)
+    if source is None or (Path(model).expanduser() / "config.json").exists():
+        return error
+    return LorakitError(
+        f"{error}\nThat is the base which {source} names. If it has moved, give its new place as MODEL, and this as an "
+        f"adapter: lorakit generate NEWPLACE --adapter {where}"
     )
-    return Opened(base, tuple(names), prompter, resolved)
+
+
+def settings_of(where: str, adapters: Sequence[str] | None) -> dict[str, Any]:
+    """The settings of the run that a model is, or else that the first adapter is of; empty if there is none.
+
+    Raises:
+        LorakitError: the config of a run cannot be read.
+    """
+    from lorakit.finetune.generation_adapters import named_path
+    from lorakit.finetune.resolve import resolve, training_of
+
+    settings = resolve(where).settings
+    if not settings and adapters:
+        trained = training_of(named_path(adapters[0])[1])
+        settings = {} if trained is None else trained.settings
+    return settings
+
+
+def escaped(text: str) -> str:
+    """A shell gives no line end easily: a backslash and an n mean one."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def strict_stdin() -> None:
+    """What is piped in is UTF-8, or an error when it is read: some locales let bytes through that are no text."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        if sys.stdin.isatty():
+            sys.stdin.reconfigure(errors="strict")
+        else:
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
 
 @contextmanager

@@ -19,21 +19,23 @@ class Conversation:
     """Turns so far, if the base has a chat template; without one each line is continued by itself.
 
     Args:
-        prompter: how text becomes tokens.
+        prompter: how text becomes tokens; another may be put in its place, which sees the same turns.
         room: tokens that are kept free for an answer, or half of the context if that is less.
     """
 
     def __init__(self, prompter: Prompter, room: int) -> None:
-        self._prompter = prompter
+        self.prompter = prompter
         context = context_of(prompter.base.model)
         self._most = None if context is None else context - max(1, min(room, context // 2))
         self._turns: list[dict[str, str]] = []
         self.system: str | None = None
+        self.forgotten = 0
+        """Turns that no longer fitted, since the beginning."""
 
     @property
     def remembers(self) -> bool:
         """Whether earlier turns are seen."""
-        return self._prompter.kind == "messages"
+        return self.prompter.kind == "messages"
 
     @property
     def turns(self) -> int:
@@ -43,6 +45,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said, but for the system's message."""
         self._turns.clear()
+        self.forgotten = 0
 
     def asked(self, text: str) -> Ready:
         """Add a question; the oldest turns that no longer fit go.
@@ -51,7 +54,7 @@ class Conversation:
             LorakitError: the question alone does not fit, or the template refuses it; it is not remembered.
         """
         if not self.remembers:
-            return Ready(self._fitting(self._prompter.tokens(text)), 0)
+            return Ready(self._fitting(self.prompter.tokens(text)), 0)
         turns, dropped = [*self._turns, {"role": "user", "content": text}], 0
         while True:
             tokens = self._tokens(turns)
@@ -61,6 +64,7 @@ class Conversation:
             turns = turns[2:]
         self._fitting(tokens)
         self._turns = turns
+        self.forgotten += dropped
         return Ready(tokens, dropped)
 
     def answered(self, text: str) -> None:
@@ -75,7 +79,7 @@ class Conversation:
 
     def _tokens(self, turns: list[dict[str, str]]) -> tuple[int, ...]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return self._prompter.tokens({"messages": [*system, *turns]})
+        return self.prompter.tokens({"messages": [*system, *turns]})
 
     def _fitting(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         if self._most is not None and len(tokens) > self._most:

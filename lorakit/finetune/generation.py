@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,10 +26,19 @@ Chosen = str | Mapping[str, float] | None
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and who continues it."""
+    """A prompt, and who continues it.
+
+    Attributes:
+        tokens: the prompt.
+        adapter: who continues it.
+        ends: tokens that end this one, beside those that end any.
+        repeat: which of several draws of one prompt it is, where they are not all in one call.
+    """
 
     tokens: tuple[int, ...]
     adapter: Chosen = None
+    ends: frozenset[int] = frozenset()
+    repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,19 +184,32 @@ def _seeds(requests: Sequence[Request], sampling: Sampling) -> list[int]:
     repeats: Counter[tuple[Any, ...]] = Counter()
     seeds = []
     for request in requests:
-        who = tuple(request.adapter.items()) if isinstance(request.adapter, Mapping) else request.adapter
-        key = request.tokens, who
-        seeds.append(seed_of(seed, request.tokens, repeats[key]))
+        key = request.tokens, _key(request.adapter), request.repeat
+        seeds.append(seed_of(seed, request.tokens, request.repeat + repeats[key]))
         repeats[key] += 1
     return seeds
+
+
+def numbered(requests: Iterable[Request]) -> list[Request]:
+    """The same requests, each told which draw of its prompt it is: then they may be given in any parts."""
+    repeats: Counter[tuple[Any, ...]] = Counter()
+    found = []
+    for request in requests:
+        key = request.tokens, _key(request.adapter)
+        found.append(replace(request, repeat=repeats[key]))
+        repeats[key] += 1
+    return found
+
+
+def _key(chosen: Chosen) -> Any:
+    return tuple(chosen.items()) if isinstance(chosen, Mapping) else chosen
 
 
 def _groups(requests: Sequence[Request]) -> list[list[int]]:
     """The requests of each choice."""
     groups: dict[Any, list[int]] = {}
     for i, request in enumerate(requests):
-        chosen = request.adapter
-        groups.setdefault(tuple(chosen.items()) if isinstance(chosen, Mapping) else chosen, []).append(i)
+        groups.setdefault(_key(request.adapter), []).append(i)
     return list(groups.values())
 
 
@@ -258,11 +280,12 @@ def _batch(
     for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
         room = sampling.max_new_tokens if context is None else context - len(request.tokens)
         stream = TextStream(base.tokenizer, request.tokens, sampling.stop)
-        rows.append(Row(i, request.tokens, stream, min(sampling.max_new_tokens, room), seed))
+        limit = min(sampling.max_new_tokens, room)
+        rows.append(Row(i, request.tokens, stream, limit, seed, ends | request.ends))
     begun = time.perf_counter()
     while going := [row for row in rows if row.ended is None]:
         # Until the first has no room left: then its positions would be beyond the context, and the others go on alone.
-        _steps(base, going, sampling, Watch(going, ends, heard, begun, eager=bool(sampling.stop)))
+        _steps(base, going, sampling, Watch(going, heard, begun, eager=bool(sampling.stop)))
     return [Answer(row.stream.text, tuple(row.tokens), row.ended or "length", row.seconds) for row in rows]
 
 

@@ -54,6 +54,8 @@ class Prompter:
         """A prompt as a row of this kind."""
         if isinstance(given, Row):
             return given
+        if isinstance(given, str):
+            _check_text(given, where)
         if isinstance(given, Mapping):
             return Row(where, next(kind for kind in ("messages", "instruction") if kind in given), given)
         content: dict[str, Any] = {self.kind: given}
@@ -64,6 +66,15 @@ class Prompter:
     def ends(self) -> frozenset[int]:
         """The tokens that end an answer in training, such as <|im_end|>."""
         return frozenset(stops_of(self.kind, self.base.tokenizer, self.template))
+
+
+def _check_text(text: str, where: str) -> None:
+    """Bytes that a shell gives and that are no text come as halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise LorakitError(f"{where}: it has half a character ({half}) at {error.start + 1}, and is no text") from None
 
 
 def prompter_of(base: Base, *, kind: str | None = None, template: str | None = None, raw: bool = False) -> Prompter:

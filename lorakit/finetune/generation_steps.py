@@ -122,13 +122,22 @@ class Row:
         stream: its text.
         limit: new tokens at most.
         noise: what its tokens are drawn with.
+        ends: tokens that end its text.
         tokens: what it was given, without the end.
         ended: why it ended; None as long as it has not.
         seconds: from the start of the batch to its end.
     """
 
-    def __init__(self, number: int, prompt: Sequence[int], stream: TextStream, limit: int, seed: int) -> None:
-        self.number, self.prompt, self.stream, self.limit = number, prompt, stream, limit
+    def __init__(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        stream: TextStream,
+        limit: int,
+        seed: int,
+        ends: frozenset[int] = frozenset(),
+    ) -> None:
+        self.number, self.prompt, self.stream, self.limit, self.ends = number, prompt, stream, limit, ends
         # On the CPU: the same seed gives the same noise on every device.
         self.noise = torch.Generator("cpu").manual_seed(seed)
         self.tokens: list[int] = []
@@ -141,7 +150,6 @@ class Watch:
 
     Args:
         rows: one for each row of the batch.
-        ends: tokens that end a text.
         heard: called with a row's number and each new piece of its text; None if nobody listens.
         begun: when the batch began.
         eager: whether text is needed at each step, to find stop strings.
@@ -150,13 +158,12 @@ class Watch:
     def __init__(
         self,
         rows: Sequence[Row],
-        ends: frozenset[int],
         heard: Callable[[int, str], None] | None,
         begun: float,
         *,
         eager: bool,
     ) -> None:
-        self._rows, self._ends, self._heard, self._begun = rows, ends, heard, begun
+        self._rows, self._heard, self._begun = rows, heard, begun
         self._eager = eager or heard is not None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **more: Any) -> Tensor:
@@ -168,7 +175,7 @@ class Watch:
 
     def _step(self, row: Row, token: int) -> None:
         piece = ""
-        if token in self._ends:
+        if token in row.ends:
             row.ended = "end"
         else:
             row.tokens.append(token)

@@ -1,5 +1,6 @@
 """What a place on the command line means: a base, a training run, a checkpoint of one, or an adapter alone."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,20 +79,58 @@ def kind_of(resolved: Resolved) -> str | None:
 
     A prompt is to be encoded as they were. None if there was no run, or it cannot be told.
     """
-    if not resolved.settings:
+    return _kind(_run_of(next(iter(resolved.adapters.values()))), resolved.settings) if resolved.settings else None
+
+
+class Training(NamedTuple):
+    """How the run of an adapter was trained."""
+
+    kind: str | None
+    """Of its rows: see `kind_of`."""
+    template: str | None
+    settings: dict[str, Any]
+
+
+def training_of(adapter: str | Path) -> Training | None:
+    """How an adapter was trained, by the run directory that the path is or lies in; None if there is none.
+
+    Raises:
+        LorakitError: the config of the run cannot be read.
+    """
+    path = Path(adapter).expanduser()
+    run = _run_of(path) if path.is_dir() else None
+    if run is None:
         return None
-    run = _run_of(next(iter(resolved.adapters.values())))
+    settings = _settings(run)
+    template = settings.get("template")
+    if isinstance(template, str) and "{" not in template and Path(near(template, run)).is_file():
+        template = near(template, run)
+    return Training(_kind(run, settings), template, settings)
+
+
+def naming(where: str | Path) -> Path | None:
+    """The file that says which base goes with a run or an adapter; None for any other place."""
+    path = Path(where).expanduser()
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    run = _run_of(path)
+    if run is not None:
+        return Path(os.path.relpath(run / CONFIG)) if not path.is_absolute() else run / CONFIG
+    return path / "adapter_config.json" if (path / "adapter_config.json").exists() else None
+
+
+def _kind(run: Path | None, settings: Mapping[str, Any]) -> str | None:
     told = _facts(run).get("kind") if run is not None else None
     if isinstance(told, str):
         return told
-    data = resolved.settings.get("data")
+    data = settings.get("data")
     path = Path(near(data, run)) if isinstance(data, str) and run is not None else Path()
     if not path.is_file() or path.stat().st_size > _LARGE:
         return None
     from lorakit.finetune.data import read_rows
 
     try:
-        return read_rows(str(path), columns=resolved.settings.get("columns") or None).kind
+        return read_rows(str(path), columns=settings.get("columns") or None).kind
     except LorakitError:
         return None  # it has changed since
 
