@@ -92,6 +92,16 @@ def test_prompts_from_files_and_stdin(files, tmp_path):
     assert len({(each["prompt"], each["adapter"], each["text"]) for each in found}) == 14
 
 
+def test_rows_of_the_run_s_columns_are_prompts(files, tmp_path):
+    other = as_other_run(files, tmp_path / "js")
+    with (other / "config.yaml").open("a") as config:
+        config.write("columns: {prompt: ask, completion: say}\n")
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"ask": "One"}\n{"ask": "Two", "say": "x"}\n')
+    for place in ((other,), (files.base, "--adapter", other)):
+        assert [each["prompt"] for each in lines(*place, "--file", path)] == ["One", "Two"]
+
+
 def test_the_same_seed_draws_the_same(files):
     how = ("--temperature", 1, "--top-p", 0.95, "--top-k", 40, "--repetition-penalty", 1.1)
     texts = [lines(files.base, "A", *how, "--seed", seed)[0]["text"] for seed in (1, 1, 2)]

@@ -15,7 +15,7 @@ from lorakit.cli import app
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import open_base
 from lorakit.finetune.generation_adapters import load_adapter, load_adapters, named_path
-from lorakit.finetune.generation_prompts import prompter_of, prompts_at
+from lorakit.finetune.generation_prompts import prompter_of
 from lorakit.finetune.resolve import adapter_at, kind_of, near, resolve
 
 
@@ -161,30 +161,6 @@ def test_a_prompt_is_encoded_as_the_rows_of_training_were(tmp_path):
     assert prompter_of(base, raw=True).tokens("") == (tokenizer.bos_token_id,)
     with pytest.raises(LorakitError, match="no kind of rows"):
         prompter_of(base, kind="pairs")
-
-
-def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_bytes("\ufeffHow many?\r\n\r\nWho is é?\r\n".encode())
-    assert [prompt.text for prompt in prompts_at(path)] == ["How many?", "Who is é?"]
-    path = tmp_path / "p.jsonl"
-    path.write_text(
-        '"plain"\n{"prompt": "a", "completion": "b"}\n{"instruction": "do", "input": "this"}\n'
-        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n{"text": "t\\nu"}\n'
-    )
-    found = prompts_at(path)
-    assert [prompt.text for prompt in found] == ["plain", "a", "do\nthis", "hi", "t\nu"]
-    assert found[3].content == {"messages": [{"role": "user", "content": "hi"}]} and found[3].where.endswith(":4")
-    path.write_text('{"prompt": 1}\n[1]\n{bad\n{"prompt": "fine"}\n{"messages": []}\n')
-    with pytest.raises(LorakitError) as said:
-        prompts_at(path)
-    assert [f"p.jsonl:{line}:" in str(said.value) for line in (1, 2, 3, 4, 5)] == [True, True, True, False, True]
-    for content, message in ((b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "no UTF-8")):
-        path.write_bytes(content)
-        with pytest.raises(LorakitError, match=message):
-            prompts_at(path)
-    with pytest.raises(LorakitError, match="No such file"):
-        prompts_at(tmp_path / "nowhere.txt")
 
 
 @pytest.mark.parametrize(

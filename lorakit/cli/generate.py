@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +35,7 @@ from lorakit.cli.language import (
     label_of,
     open_model,
     say,
+    settings_of,
     shown,
     strict_stdin,
 )
@@ -42,7 +43,7 @@ from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
     from lorakit.finetune.generation import Answer, Chosen, Request
-    from lorakit.finetune.generation_prompts import Prompt
+    from lorakit.finetune.generation_files import Prompt
     from lorakit.finetune.generation_steps import Sampling
 
 _AT_ONCE = 8
@@ -55,7 +56,7 @@ def generate(
     adapter: Adapters = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt too; may be given several times.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Prompts, one a line; or .jsonl with prompt, messages, …; - is stdin.")
+        Path | None, typer.Option(help="Prompts, one a line; or rows as for training (.jsonl, .csv, …); - is stdin.")
     ] = None,
     use: Annotated[
         str | None,
@@ -109,7 +110,7 @@ def generate(
         seed,
         tuple(escaped(text) for text in stop or ()),
     )
-    prompts = _prompts(given, file)
+    prompts = _prompts(given, file, settings_of(model, adapter).get("columns") or {})
     opened = open_model(
         model,
         adapter,
@@ -148,12 +149,12 @@ def generate(
             _print_blocks(some, chosen, answers, alone=len(requests) == 1)
 
 
-def _prompts(given: Sequence[str], file: Path | None) -> "list[Prompt]":
-    from lorakit.finetune.generation_prompts import Prompt, prompts_at, read_prompts
+def _prompts(given: Sequence[str], file: Path | None, columns: Mapping[str, str]) -> "list[Prompt]":
+    from lorakit.finetune.generation_files import Prompt, prompts_at, read_prompts
 
     found = [Prompt(text, text, f"prompt {number}") for number, text in enumerate(given, 1)]
     if file is not None:
-        found += read_prompts(_piped(), "stdin", jsonl=False) if str(file) == "-" else prompts_at(file)
+        found += read_prompts(_piped(), "stdin") if str(file) == "-" else prompts_at(file, columns)
     return found
 
 

@@ -1,9 +1,7 @@
-"""Prompts as tokens, exactly as training has them before the answer, and prompts from files."""
+"""Prompts as tokens, exactly as training has them before the answer."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
@@ -100,81 +98,3 @@ def prompter_of(base: Base, *, kind: str | None = None, template: str | None = N
         chat = base.tokenizer.chat_template is not None if found is None else found.chat
         kind = "messages" if chat else "prompt"
     return Prompter(base, kind, template)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, and how it is shown."""
-
-    text: str
-    content: str | Mapping[str, Any]
-    where: str
-
-
-def read_prompts(lines: Sequence[str], source: str, *, jsonl: bool) -> list[Prompt]:
-    """Prompts, one a line.
-
-    Args:
-        lines: of a file.
-        source: its name, for messages.
-        jsonl: lines are JSON: a text, or an object with "prompt", "text", "messages", or "instruction" and "input";
-            answers in it are left out.
-
-    Raises:
-        LorakitError: lines that are none, all of which are named; or there is no prompt.
-    """
-    found, bad = [], []
-    for number, line in enumerate(lines, 1):
-        text = line.removeprefix("\ufeff").rstrip("\r\n") if number == 1 else line.rstrip("\r\n")
-        if not text.strip():
-            continue
-        where = f"{source}:{number}"
-        try:
-            found.append(_prompt(json.loads(text), where) if jsonl else Prompt(text, text, where))
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{where}: {error}")
-    if bad:
-        raise LorakitError("\n  ".join([f"{source} has lines that are no prompts:", *bad]))
-    if not found:
-        raise LorakitError(f"{source} holds no prompt")
-    return found
-
-
-def prompts_at(path: Path) -> list[Prompt]:
-    """The prompts in a text file, one a line, or in a .jsonl file.
-
-    Raises:
-        LorakitError: it cannot be read, or holds none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is no UTF-8 ({error})"
-        raise LorakitError(f"cannot read the prompts in {path}: {reason}") from None
-    return read_prompts(text.split("\n"), str(path), jsonl=path.suffix.lower() in (".jsonl", ".ndjson"))
-
-
-def _prompt(value: Any, where: str) -> Prompt:
-    if isinstance(value, str):
-        return Prompt(value, value, where)
-    if not isinstance(value, dict):
-        raise ValueError(f"it is neither a text nor an object, but {type(value).__name__}")
-    for name in ("prompt", "text", "question"):
-        if isinstance(value.get(name), str):
-            return Prompt(value[name], value[name], where)
-    if isinstance(value.get("instruction"), str):
-        more = value.get("input") or ""
-        if not isinstance(more, str):
-            raise ValueError('"input" must be a text')
-        shown = f"{value['instruction']}\n{more}".rstrip()
-        return Prompt(shown, {"instruction": value["instruction"], "input": more, "output": ""}, where)
-    messages = value.get("messages")
-    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if asked:
-            return Prompt(asked[-1]["content"], {"messages": asked}, where)
-    raise ValueError('it has no "prompt", "text", "messages" or "instruction"')
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
