@@ -1,6 +1,7 @@
 """A checkpoint of any module by its names: shapes, dtypes and places. Values are read one tensor at a time."""
 
 import ctypes
+import re
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -199,6 +200,20 @@ def listed(title: str, problems: list[str], most: int = 40) -> str:
     """Problems under a title, each on a line, and how many more there are."""
     more = [f"and {len(problems) - most} more"] if len(problems) > most else []
     return "".join([title, *(f"\n  - {problem}" for problem in [*problems[:most], *more])])
+
+
+def shortened(text: str, most: int = 5) -> str:
+    """A message as `listed` makes it, with no more than so many of its problems, and how many more there are."""
+    lines = text.split("\n")
+    bullets = [line for line in lines if line.startswith("  - ")]
+    last = re.fullmatch(r"  - and (\d+) more", bullets[-1]) if bullets else None
+    left_out = int(last[1]) if last else 0
+    shown = bullets[:-1] if last else bullets
+    if len(shown) <= most:
+        return text
+    first = lines.index(bullets[0])
+    before, after = lines[:first], [line for line in lines[first:] if not line.startswith("  - ")]
+    return "\n".join([*before, *shown[:most], f"  - and {len(shown) - most + left_out} more", *after])
 
 
 def raw(tensor: Tensor) -> Any:

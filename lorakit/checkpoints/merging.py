@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -42,10 +42,23 @@ class CheckpointMergeReport:
     """Names that shared their values with an adapted weight in memory: they keep those of the base."""
     left_out: tuple[str, ...]
     """What lies in the base's directory and was not copied: other files of weights, directories, hidden files."""
+    change: float = 0.0
+    """The norm of all updates together beside that of the weights: ‖ΔW‖ / ‖W‖."""
 
     def __str__(self) -> str:
-        rows = [[w.name, f"{w.change:.3g}", f"{w.lost:.2g}"] for w in self.weights]
-        lines = [table(["weight", "change", "lost"], rows, right=("change", "lost"))]
+        return "\n".join([_table(self.weights), *self._said()])
+
+    def brief(self, most: int = 5) -> str:
+        """All of it together, and the weights that rounding took most of: those of a large model fill no screen."""
+        worst = sorted(self.weights, key=lambda weight: (-weight.lost, -weight.change))
+        count = f"{len(worst)} weight{'s' * (len(worst) != 1)}"
+        lines = [f"{count} merged: change {self.change:.3g} of their norm, {self.lost:.2g} of it lost in rounding"]
+        if len(worst) > most:
+            lines.append(f"the {most} that lost most:")
+        return "\n".join([*lines, _table(worst[:most]), *self._said()])
+
+    def _said(self) -> list[str]:
+        lines = []
         if self.prefix:
             what = "added to" if self.prefix[0] == "+" else "taken from"
             lines.append(f"{self.prefix[1:]!r} was {what} the adapter's names")
@@ -53,7 +66,12 @@ class CheckpointMergeReport:
             lines.append(f"no longer tied, and as in the base: {', '.join(self.untied)}")
         if self.left_out:
             lines.append(f"not copied: {', '.join(self.left_out)}")
-        return "\n".join(lines)
+        return lines
+
+
+def _table(weights: Sequence[MergedWeight]) -> str:
+    rows = [[w.name, f"{w.change:.3g}", f"{w.lost:.2g}"] for w in weights]
+    return table(["weight", "change", "lost"], rows, right=("change", "lost"))
 
 
 def merge_checkpoint(
@@ -66,6 +84,7 @@ def merge_checkpoint(
     verify: Verify = "sample",
     force: bool = False,
     progress: Progress | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> CheckpointMergeReport:
     """Write the checkpoint W + scale·ΔW of a base and an adapter, without a model, and with one tensor in memory.
 
@@ -83,6 +102,7 @@ def merge_checkpoint(
         verify: "sample" compares fingerprints of the adapted weights with those that the adapter holds; "off" does not.
         force: put the result in the place of what is at `out`.
         progress: called with the bytes done, the bytes of all, and the name of the tensor that is next.
+        files: other files of the directory, by their names: these are written, and not the base's.
 
     Raises:
         LorakitError: the adapter does not fit (all that is wrong in one error), the base is quantized, rounding takes
@@ -112,13 +132,18 @@ def merge_checkpoint(
         return result[0]
 
     def accept() -> None:
-        _check(adapter, norms, bad, least_survival)
+        if bad:
+            raise LorakitError(f"merging {adapter.name!r} gives NaN or infinity in {', '.join(bad)}")
+        check_survival([merged_weight(name, own) for name, own in norms.items()], least_survival)
 
     changes = {name: partial(change, update) for name, update in found.updates.items()}
-    left_out = rewrite(checkpoint, out, changes, force=force, progress=progress, accept=accept)
+    left_out = rewrite(checkpoint, out, changes, force=force, progress=progress, accept=accept, files=files)
     rows = tuple(merged_weight(name, own) for name, own in norms.items())
-    lost, total = (math.hypot(*(getattr(own, what) for own in norms.values())) for what in ("lost", "change"))
-    return CheckpointMergeReport(rows, lost / total if total else 0.0, found.prefix, found.untied, left_out)
+    lost, total, weight = (
+        math.hypot(*(getattr(own, what) for own in norms.values())) for what in ("lost", "change", "weight")
+    )
+    lost, moved = (part / whole if whole else 0.0 for part, whole in ((lost, total), (total, weight)))
+    return CheckpointMergeReport(rows, lost, found.prefix, found.untied, left_out, moved)
 
 
 @torch.no_grad()
@@ -153,18 +178,19 @@ def _parts(weight: Tensor, update: Update) -> Iterator[tuple[slice | tuple[()], 
         yield (), update
 
 
-def _check(adapter: Adapter, norms: dict[str, Norms], bad: list[str], least_survival: float) -> None:
-    """Whether the result may be kept."""
-    if bad:
-        raise LorakitError(f"merging {adapter.name!r} gives NaN or infinity in {', '.join(bad)}")
-    lost = {name: merged_weight(name, own).lost for name, own in norms.items()}
-    faint = {name: share for name, share in lost.items() if least_survival > 0 and share > 1 - least_survival}
+def check_survival(weights: Sequence[MergedWeight], least_survival: float) -> None:
+    """Whether rounding left enough of each update.
+
+    Raises:
+        LorakitError: it left less than this share of some update's norm.
+    """
+    faint = {each.name: each.lost for each in weights if least_survival > 0 and each.lost > 1 - least_survival}
     if faint:
         raise LorakitError(
             listed(
-                f"rounding would take more than {1 - least_survival:.0%} of the update in {len(faint)} of {len(norms)} "
-                "weights, so nothing is written: keep the adapter unmerged, merge into a base of float32, or allow it "
-                "with a smaller least_survival=...",
+                f"rounding would take more than {1 - least_survival:.0%} of the update in {len(faint)} of "
+                f"{len(weights)} weights, so nothing is written: keep the adapter unmerged, merge into a base of "
+                "float32, or allow it with a smaller least_survival=...",
                 [
                     f"{name!r} would lose {share:.0%}"
                     for name, share in sorted(faint.items(), key=lambda each: -each[1])

@@ -28,6 +28,10 @@ TIED = "tied"
 _PACKED = ("absmax", "SCB", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4", "weight_format")
 
 
+class NeedsModel(LorakitError):
+    """An adapter's weights are named otherwise in the checkpoint, or tied there: the live model may still take it."""
+
+
 class Onto(NamedTuple):
     """What an adapter does to a checkpoint."""
 
@@ -43,7 +47,8 @@ def onto(adapter: Adapter, base: Checkpoint, *, check_values: bool) -> Onto:
     """The updates that an adapter has for a checkpoint.
 
     Raises:
-        LorakitError: it does not fit; the message lists everything that is wrong.
+        LorakitError: it does not fit; the message lists everything that is wrong. It is a `NeedsModel` if that is but
+            names and ties.
     """
     check_known(adapter)
     if adapter.naming:
@@ -52,9 +57,10 @@ def onto(adapter: Adapter, base: Checkpoint, *, check_values: bool) -> Onto:
             "renamed_for(adapter, names) with the names of the checkpoint's parameters"
         )
     prefix, names = _names(adapter, base)
-    kinds, problems, turned = {}, _clashes(names), transposed(base)
+    kinds, problems, turned, ties = {}, _clashes(names), transposed(base), 0
     for weight, name in zip(adapter.weights, names, strict=True):
-        found = _base_problems(weight, name, base, check_values) + _tie_problems(adapter, weight, name, base)
+        tied = _tie_problems(adapter, weight, name, base)
+        found, ties = _base_problems(weight, name, base, check_values) + tied, ties + len(tied)
         problems += [f"{weight.name!r}: {problem}" for problem in found]
         if not found:
             try:
@@ -73,7 +79,8 @@ def onto(adapter: Adapter, base: Checkpoint, *, check_values: bool) -> Onto:
             if built is not None:
                 updates[name] = built
     if problems:
-        raise LorakitError(listed(f"{adapter.name!r} does not fit {base.where}:", problems))
+        kind = NeedsModel if ties == len(problems) else LorakitError
+        raise kind(listed(f"{adapter.name!r} does not fit {base.where}:", problems))
     untied = dict.fromkeys(other for name in updates for other in base.tied(name) if other not in updates)
     return Onto(updates, prefix, tuple(untied))
 
@@ -120,7 +127,7 @@ def _names(adapter: Adapter, base: Checkpoint) -> tuple[str, list[str]]:
             f"{adapter.name!r} fits {base.where} in several ways, with a prefix added (+) or dropped (-): "
             f"{', '.join(ways)}; rename its weights to those that are meant"
         )
-    raise LorakitError(
+    raise NeedsModel(
         listed(
             f"{adapter.name!r} does not fit {base.where}, which lacks {len(missing)} of its {len(names)} weights:",
             [repr(name) + _absent(name, base) for name in missing],

@@ -20,7 +20,7 @@ Progress = Callable[[int, int, str], None]
 Change = Callable[[str, Tensor], Tensor]
 """Name and value → the value to write, in the same shape and dtype. It may write into the value."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ckpt", ".index.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ckpt", ".index.json")
 
 
 def rewrite(
@@ -31,6 +31,7 @@ def rewrite(
     force: bool = False,
     progress: Progress | None = None,
     accept: Callable[[], None] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> tuple[str, ...]:
     """Write the base with these tensors changed: the same names, shapes, dtypes, order, shards and metadata.
 
@@ -45,6 +46,7 @@ def rewrite(
         force: whether what is there may be replaced.
         progress: called as it goes on.
         accept: called when all is written and nothing has appeared; if it raises, nothing does.
+        files: other files by their names, in the place of the base's; a base of one file has none.
 
     Returns:
         What is in the base's directory and was not copied: other files of weights, directories, hidden files.
@@ -66,6 +68,8 @@ def rewrite(
         target.mkdir(exist_ok=True)
         if base.folder is not None:
             left_out = _copy_others(base, base.folder, target)
+            for name, content in (files or {}).items():
+                (target / name).write_bytes(content)
         for part in base.parts:
             shard = part.shard or head_of(((name, base[name]) for name in part.names), {"format": "pt"})
             with (target / (out.name if single else part.name)).open("wb") as file:
@@ -120,7 +124,7 @@ def _copy_others(base: Checkpoint, folder: Path, target: Path) -> list[str]:
             shutil.copyfile(entry, target / entry.name)
         elif entry.name in written:
             continue
-        elif entry.name.endswith(_WEIGHTS) or entry.name.startswith(".") or not entry.is_file():
+        elif entry.name.endswith(WEIGHTS) or entry.name.startswith(".") or not entry.is_file():
             left_out.append(entry.name)
         else:
             shutil.copyfile(entry, target / entry.name)

@@ -1,5 +1,8 @@
 """`lorakit extract` and `lorakit merge`: whole checkpoints, one tensor at a time."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +15,7 @@ from lorakit.errors import LorakitError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorakit.checkpoints.merging import CheckpointMergeReport
     from lorakit.header import WeightEntry
     from lorakit.values.adapter import Adapter
 
@@ -47,7 +51,12 @@ def extract(
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(help="A checkpoint: a file, or a directory of shards.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A checkpoint: a file, a directory; a hub id; or a run, whose base it is."
+        ),
+    ],
     adapter: Annotated[Path, typer.Argument(help="An adapter of any format, or a run of `lorakit train`.")],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The checkpoint to write, in the base's layout and dtype.")
@@ -65,35 +74,95 @@ def merge(
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the base's fingerprints.")] = True,
     force: Force = False,
 ) -> None:
-    """Fold an adapter into a checkpoint: W + ΔW, formed in 32 bits, rounded once to the base's dtype."""
-    from lorakit.checkpoints.merging import merge_checkpoint
+    """Fold an adapter into a checkpoint: W + ΔW, formed in 32 bits, rounded once to the base's dtype.
+
+    Of a run, the tokens that it taught to end with become ends of the model too.
+    """
+    from lorakit.finetune.ends import GENERATION, taught_ends
+    from lorakit.finetune.merging import checkpoint_at
+    from lorakit.finetune.other_dtype import without_rounded
     from lorakit.finetune.resolve import adapter_at
     from lorakit.formats import Known, Names, resolved, with_heads
 
-    check_output(out, force, base, adapter)
+    place, run = checkpoint_at(base), adapter
+    check_output(out, force, place, adapter)
     adapter = adapter_at(adapter)
-    names = Names.of_checkpoint(base)
+    names = Names.of_checkpoint(place)
     known = with_heads(Known(heads=heads, kv_heads=kv_heads, part=part), names.config)
     value = read_with(adapter, come_from, alpha, enabled, known)
     if part is not None and not value.naming:
         raise LorakitError(f"{adapter} has the names of one model, and needs no part: leave it away")
     value = resolved(value, names, known)
-    if verify and _only_dtype_differs(base, value):
-        typer.echo(f"{base} is in another dtype than in training, and else the same")
-        verify = False
-    with reporting("Merging") as moved:
-        report = merge_checkpoint(
-            base,
-            value,
-            out,
-            scale=strength,
-            least_survival=least_survival,
-            verify="sample" if verify else "off",
-            force=force,
-            progress=moved,
-        )
-    typer.echo(str(report))
+    if verify:
+        value, said = without_rounded(value, lambda entry: None)
+        if said is not None:
+            typer.echo(said)
+        if _only_dtype_differs(place, value):
+            typer.echo(f"{base} is in another dtype than in training, and else the same")
+            verify = False
+    ends = taught_ends(place, run)
+    files = {} if ends.file is None else {GENERATION: ends.file}
+    with _in_words_of_the_command():
+        report, notes = _merged(place, value, out, strength, least_survival, verify, force, files)
+    typer.echo(report.brief())
+    for note in (*notes, *([] if ends.said is None else [ends.said])):
+        typer.echo(note)
     typer.echo(f"written: {out}")
+
+
+def _merged(
+    place: Path,
+    value: "Adapter",
+    out: Path,
+    scale: float,
+    least_survival: float,
+    verify: bool,
+    force: bool,
+    files: dict[str, bytes],
+) -> "tuple[CheckpointMergeReport, list[str]]":
+    """One tensor at a time if the checkpoint's names say where they are; else by way of the live model."""
+    from lorakit.checkpoints.merging import Verify, merge_checkpoint
+    from lorakit.checkpoints.onto import NeedsModel
+    from lorakit.finetune.merging import knows, merge_live
+
+    check: Verify = "sample" if verify else "off"
+    try:
+        with reporting("Merging") as moved:
+            report = merge_checkpoint(
+                place,
+                value,
+                out,
+                scale=scale,
+                least_survival=least_survival,
+                verify=check,
+                force=force,
+                progress=moved,
+                files=files,
+            )
+        return report, []
+    except NeedsModel:
+        if not knows(place, value):
+            raise
+    return merge_live(
+        place, value, out, scale=scale, least_survival=least_survival, verify=check, force=force, files=files
+    )
+
+
+@contextmanager
+def _in_words_of_the_command() -> Iterator[None]:
+    """Inside, errors are short and name options, not arguments of Python's."""
+    from lorakit.checkpoints.checkpoint import shortened
+
+    try:
+        yield
+    except LorakitError as error:
+        text = re.sub(
+            r"use verify='off'|load it unchecked: --verify off|give --verify off", "give --no-verify", str(error)
+        )
+        text = text.replace("least_survival=...", "--least-survival")
+        if "other values than the base" in text and "--no-verify" not in text:
+            text += "\nIf it is meant for this base, merge it unchecked: --no-verify"
+        raise LorakitError(shortened(text)) from None
 
 
 def _only_dtype_differs(base: Path, adapter: "Adapter") -> bool:
@@ -102,7 +171,7 @@ def _only_dtype_differs(base: Path, adapter: "Adapter") -> bool:
     from lorakit.finetune.other_dtype import in_other_dtype
 
     checkpoint = open_checkpoint(base, "the base")
-    entries = [weight.entry for weight in adapter.weights]
+    entries = [weight.entry for weight in adapter.weights if weight.entry.sample is not None]
     stored = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in checkpoint.tensors.items()}
     if all(stored.get(entry.name, entry.dtype) == entry.dtype for entry in entries):
         return False  # without reading anything

@@ -1,5 +1,6 @@
 """Adapters onto a base, each checked against it."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lorakit.attach import remove
+from lorakit.checkpoints.checkpoint import shortened
 from lorakit.errors import LorakitError
 from lorakit.exchange import read
 from lorakit.files import Verify, load
-from lorakit.finetune.other_dtype import in_other_dtype
+from lorakit.finetune.other_dtype import in_other_dtype, without_rounded
 from lorakit.finetune.resolve import adapter_at
 from lorakit.header import WeightEntry
+from lorakit.layers import as_foreign
 from lorakit.resident import adapters
+from lorakit.values.adapter import Adapter
 
 
 class Loaded(NamedTuple):
@@ -39,26 +43,40 @@ def load_adapter(model: nn.Module, path: str | Path, name: str | None = None, ve
     Raises:
         LorakitError: it cannot be read, does not fit, is of another base, or one of this name is there.
     """
-    place = adapter_at(path)
-    note = None
+    return _load(model, adapter_at(path), name, verify)
+
+
+def load_value(model: nn.Module, adapter: Adapter, name: str | None = None, verify: Verify = "sample") -> Loaded:
+    """The same for an adapter that was read.
+
+    Raises:
+        LorakitError: it does not fit, is of another base, or one of this name is there.
+    """
+    return _load(model, adapter, name, verify)
+
+
+def _load(model: nn.Module, source: Path | Adapter, name: str | None, verify: Verify) -> Loaded:
+    notes: list[str] = []
     if verify == "sample":
-        found = _in_other_dtype(model, place)
-        if found is not None:
-            verify, note = "off", found
+        source, rounded = _without_rounded(model, source)
+        other = _in_other_dtype(model, source)
+        verify = "sample" if other is None else "off"
+        notes = [note for note in (rounded, other) if note is not None]
     before = set(adapters(model))
     if name is not None and name in before:
         raise LorakitError(f"an adapter {name!r} is loaded already: call this one otherwise (NAME=PATH)")
     try:
-        load(model, place, name, verify=verify)
+        load(model, source, name, verify=verify)
     except LorakitError as error:
-        if verify != "off" and _only_values_differ(model, place, verify):
+        said = re.sub(r"use verify='(\w+)'", r"give --verify \1", shortened(str(error)))
+        if verify != "off" and _only_values_differ(model, source, verify):
             raise LorakitError(
-                f"{error}\nThe base is not the one that this adapter was trained on, or has changed since: open that "
+                f"{said}\nThe base is not the one that this adapter was trained on, or has changed since: open that "
                 "one. If it is meant to act here, load it unchecked: --verify off"
             ) from None
-        raise
+        raise LorakitError(said) from None
     (new,) = set(adapters(model)) - before
-    return Loaded(new, None if note is None else f"{new}: {note}")
+    return Loaded(new, f"{new}: {'; '.join(notes)}" if notes else None)
 
 
 def load_adapters(model: nn.Module, given: Sequence[tuple[str | None, str | Path]], verify: Verify) -> list[Loaded]:
@@ -84,14 +102,14 @@ def named_path(text: str) -> tuple[str | None, str]:
     return name.strip(), path.strip()
 
 
-def _only_values_differ(model: nn.Module, place: Path, verify: Verify) -> bool:
+def _only_values_differ(model: nn.Module, source: Path | Adapter, verify: Verify) -> bool:
     """Whether an adapter fits but for the base's values: it loads unchecked, and checked under no name."""
     name = "_"
     while name in adapters(model):
         name += "_"
     for checked in (verify, "off"):
         try:
-            load(model, place, name, verify=checked)
+            load(model, source, name, verify=checked)
         except LorakitError:
             continue
         remove(model, name)
@@ -99,12 +117,32 @@ def _only_values_differ(model: nn.Module, place: Path, verify: Verify) -> bool:
     return False
 
 
-def _in_other_dtype(model: nn.Module, place: Path) -> str | None:
+def _without_rounded(model: nn.Module, source: Path | Adapter) -> tuple[Path | Adapter, str | None]:
+    """What is to be loaded, and what is to be said: weights that are rounded otherwise here cannot be checked."""
+    try:
+        adapter = source if isinstance(source, Adapter) else read(source)
+    except LorakitError:
+        return source, None  # loading says what is wrong
+    stripped, said = without_rounded(adapter, partial(_scheme, model))
+    return (source, None) if said is None else (stripped, said)
+
+
+def _scheme(model: nn.Module, entry: WeightEntry) -> str | None:
+    """How the weight that an entry is of is quantized; None if it is not, or there is none."""
+    try:
+        kind = as_foreign(model.get_submodule(entry.path))
+    except AttributeError:
+        return None
+    return None if kind is None else kind.scheme or None
+
+
+def _in_other_dtype(model: nn.Module, source: Path | Adapter) -> str | None:
     """What is to be said if the base differs from that of training in its dtype; None if not, or in more than that."""
     try:
-        entries = [weight.entry for weight in read(place).weights]
+        adapter = source if isinstance(source, Adapter) else read(source)
     except LorakitError:
         return None  # loading says what is wrong
+    entries = [weight.entry for weight in adapter.weights if weight.entry.sample is not None]
     found = in_other_dtype(entries, partial(_parameter, model))
     if found is None:
         return None
