@@ -168,7 +168,7 @@ class Bench:
         prepared = prepare(settings, directory, line)
         begin(directory, prepared.settings, prepared.facts)
         with Stopper() as stopper:
-            trainer, _ = build(prepared, directory, line, None, stopper)
+            trainer, _ = build(prepared, directory, line, stopper)
             trainer.add_callback(clock)
             trainer.train()
         return clock, validation(prepared.base.model, prepared.data, prepared.base)

@@ -1,8 +1,11 @@
 """A run from settings to an adapter: what it leaves behind, what it goes on from, and how it stops."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+from typing import ClassVar
 
 import pytest
 import torch
@@ -237,13 +240,19 @@ class TestWhatIsRefused:
             ({"method": "vera", "alpha": 3}, "alpha"),
             ({"options": {"factor": 3}}, "factor"),
             ({"validation": 100}, "leaves none to train on"),
+            ({"method": "vera", "lora_plus": 4}, "lora_plus"),
+            ({"optimizer": "lomo"}, "optimizer: lomo"),
+            ({"trainer": {"save_total_limit": 1}}, "a setting of lorakit decides"),
+            ({"trainer": {"push_to_hub": True}}, "a setting of lorakit decides"),
+            ({"revision": "main"}, "revision"),
+            ({"warmup": 100}, "warmup: 100 steps"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
     )
     def test_what_cannot_be(self, model, tmp_path, values, says):
         with pytest.raises(LorakitError, match=f"(?s){says}"):
             run(values.get("model", model), tmp_path, **{key: values[key] for key in values if key != "model"})
-        assert not (tmp_path / "run" / "checkpoints").exists()
+        assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_left_out(done, model, tmp_path):
@@ -347,6 +356,66 @@ class TestWhatStopsARun:
         assert adapter_bytes(go_on(model, tmp_path)) == adapter_bytes(whole)
 
 
+@pytest.mark.skipif(os.geteuid() != 0 if hasattr(os, "geteuid") else True, reason="only root mounts a small disk")
+@pytest.mark.parametrize("kilobytes", [48, 64, 88, 120, 152])
+def test_a_small_disk(model, tmp_path, kilobytes):
+    """Wherever in a checkpoint the disk becomes full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(LorakitError, match="cannot write"):
+            run(model, tmp_path, out=str(disk / "run"), save_every=1)
+        assert all(
+            checkpoints.damage(path) is None for path in checkpoints.checkpoints_in(disk / "run" / "checkpoints")
+        )
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+class TestARunThatCouldNotBegin:
+    """It takes nothing away, and is in nobody's way."""
+
+    WRONG: ClassVar = {"optimizer": "lomo"}
+
+    def test_the_run_before_it_stays(self, done, model, tmp_path):
+        folder = copied(done, tmp_path)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+        with pytest.raises(LorakitError):
+            run(model, folder, overwrite=True, **self.WRONG)
+        assert {
+            path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
+        } == before
+
+    def test_the_next_one_begins(self, model, tmp_path):
+        with pytest.raises(LorakitError):
+            run(model, tmp_path, **self.WRONG)
+        assert run(model, tmp_path, steps=2).step == 2
+
+
+def test_a_run_of_one_step_trains(model, tmp_path):
+    outcome = run(model, tmp_path, steps=1)
+    tensors = lk.read(outcome.adapter).state_dict()
+    assert all(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key)
+
+
+def test_a_run_that_was_moved_goes_on_under_its_name(done, model, tmp_path):
+    folder = copied(done, tmp_path)
+    (folder / "run").rename(folder / "elsewhere")
+    shutil.rmtree(folder / "elsewhere" / "checkpoints" / "step-00000012")
+    again = go_on(model, folder, out=str(folder / "elsewhere"), name=None, dropout=0.1, accumulation=2)
+    assert adapter_bytes(again) == adapter_bytes(done)
+
+
+@pytest.mark.parametrize("values", [{"rank": 8}, {"method": "dora"}, {"dropout": 0.5}, {"targets": ["q_proj"]}])
+def test_what_an_adapter_brings_is_not_asked_for_otherwise(done, model, tmp_path, values):
+    with pytest.raises(LorakitError, match=f"brings its own {next(iter(values))}"):
+        run(model, tmp_path, **{"rank": 16, **values}, start_from=str(done.adapter))
+
+
 def test_two_processes_do_not_train_in_one_directory(model, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "run").mkdir()
@@ -358,7 +427,7 @@ def test_two_processes_do_not_train_in_one_directory(model, tmp_path):
 
 
 def test_an_adapter_is_trained_on(done, model, tmp_path):
-    outcome = run(model, tmp_path, start_from=str(done.adapter), learning_rate=1e-3)
+    outcome = run(model, tmp_path, start_from=str(done.adapter), learning_rate=1e-3, rank=16)  # as it is by default
     rows = [row for row in read_metrics(outcome.path / "metrics.jsonl") if "eval_loss" in row]
     assert rows[0]["eval_loss"] < 1.1 * done.eval_loss
 

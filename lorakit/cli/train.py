@@ -1,5 +1,6 @@
 """`lorakit train`: from a configuration to an adapter; `lorakit init`: a configuration with every setting."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,9 +55,10 @@ def train(
     loss = "" if outcome.eval_loss is None else f", validation loss {outcome.eval_loss:.4f}"
     print(f"{outcome.adapter}: step {outcome.step} of {outcome.steps}{loss}; the run took {duration(outcome.seconds)}")
     if outcome.stopped is not None:
-        print(f"lorakit: stopped: {outcome.stopped}; resume=auto goes on", file=sys.stderr)
-        if outcome.stopped.startswith("SIG"):
-            raise typer.Exit(130)
+        signalled = outcome.stopped.startswith("SIG")
+        print(f"lorakit: stopped: {outcome.stopped}{'; resume=auto goes on' if signalled else ''}", file=sys.stderr)
+        if signalled:
+            raise typer.Exit(128 + getattr(signal, outcome.stopped.split()[0]))
 
 
 def init(

@@ -17,6 +17,14 @@ from lorakit.finetune.generation import context_of
 from lorakit.finetune.settings import Settings
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+_DECIDED = {
+    "activation_checkpointing", "activation_checkpointing_kwargs", "auto_find_batch_size", "dataloader_drop_last",
+    "do_eval", "do_predict", "do_train", "enable_jit_checkpoint", "eval_delay", "eval_on_start",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "ignore_data_skip", "label_names",
+    "length_column_name", "load_best_model_at_end", "num_train_epochs", "push_to_hub", "resume_from_checkpoint",
+    "save_only_model", "save_total_limit", "train_sampling_strategy",
+}  # fmt: skip
+"""Arguments of transformers that would be without effect here, or against a setting."""
 _WIDE = 4096
 _RATE = 2e-4
 """The rate that the QLoRA paper found for models of this width (arXiv:2305.14314, table 9)."""
@@ -39,6 +47,7 @@ class Schedule:
     eval_every: int | None
     save_every: int
     learning_rate: float
+    warmup: int
 
 
 def processes() -> int:
@@ -54,6 +63,10 @@ def schedule_of(settings: Settings, rows: int, validation: int, width: int) -> S
     tenth = max(1, math.ceil(steps / 10))
     eval_every = (settings.eval_every or tenth) if validation else None
     save_every = settings.save_every or eval_every or tenth
+    # Rounded down: the first step of a warm-up has a rate of zero, and a run of a few steps has none to lose.
+    warmup = int(settings.warmup if settings.warmup >= 1 else settings.warmup * steps)
+    if warmup >= steps:
+        raise LorakitError(f"warmup: {warmup} steps are not fewer than the run's {steps}; give a share, such as 0.03")
     return Schedule(
         steps,
         each,
@@ -61,6 +74,7 @@ def schedule_of(settings: Settings, rows: int, validation: int, width: int) -> S
         eval_every,
         save_every,
         auto_rate(width, settings.method) if settings.learning_rate == "auto" else settings.learning_rate,
+        warmup,
     )
 
 
@@ -108,7 +122,7 @@ def arguments_of(settings: Settings, schedule: Schedule, folder: Path, device: t
         "max_steps": schedule.steps,
         "learning_rate": schedule.learning_rate,
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        "warmup_steps": settings.warmup,
+        "warmup_steps": schedule.warmup,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.clip,
         "optim": "adamw_torch_fused" if settings.optimizer == "adamw" else settings.optimizer,
@@ -134,16 +148,17 @@ def arguments_of(settings: Settings, schedule: Schedule, folder: Path, device: t
         "include_num_input_tokens_seen": "no",
         "log_level": "error",
     }
+    free = {"ddp_find_unused_parameters": False}  # every tensor of an adapter is reached
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in settings.trainer:
-        if name in own:
+        if name in own or name in _DECIDED or name.startswith("hub_"):
             raise LorakitError(f"trainer.{name}: a setting of lorakit decides that; see `lorakit train --help`")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise LorakitError(f"trainer.{name}: transformers' TrainingArguments has no such argument{hint}")
     try:
-        return TrainingArguments(**{**own, **settings.trainer})
+        return TrainingArguments(**{**own, **free, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
         if "OptimizerNames" in str(error):
             near = difflib.get_close_matches(settings.optimizer, _optimizers(), n=3)

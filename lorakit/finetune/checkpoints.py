@@ -81,8 +81,9 @@ def written(folder: Path, step: int) -> Iterator[Path]:
 
 
 def _of_writing(error: Exception) -> bool:
-    """Torch says of a full disk that its writer failed, as a RuntimeError."""
-    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error) or "write" in str(error)
+    """Torch says of a full disk that its writer failed, or that it is not where it should be, as a RuntimeError."""
+    words = ("PytorchStreamWriter", "inline_container", "unexpected pos", "write")
+    return not isinstance(error, RuntimeError) or any(word in str(error) for word in words)
 
 
 def _reason(error: Exception) -> str:
@@ -121,7 +122,7 @@ def damage(path: Path) -> str | None:
             if len(content) != facts["size"] or hashlib.sha256(content).hexdigest() != facts["sha256"]:
                 return f"{name} is not what was written"
     except (OSError, KeyError, TypeError, AttributeError, LorakitError) as error:
-        return f"{type(error).__name__}: {error}"
+        return str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
     return None
 
 

@@ -157,7 +157,13 @@ def described() -> list[tuple[str, list[tuple[str, str, str]]]]:
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         default = _EXAMPLES.get(name) if field.is_required() else field.default
-        groups[str(extra["group"])].append((name, flow(default), field.description or ""))
+        says, choices = (
+            field.description or "",
+            [choice for choice in _choices(field.annotation) if type(choice) is str],
+        )
+        if len(choices) > 1 and choices[0] not in says:
+            says = f"{', '.join(choices)}: {says}"
+        groups[str(extra["group"])].append((name, flow(default), says))
     return [(GROUPS[group], rows) for group, rows in groups.items()]  # type: ignore[index]
 
 

@@ -16,6 +16,10 @@ from lorakit.finetune.settings import Settings
 from lorakit.storage import name_of, read_json_object, write_whole
 
 FREE = {
+    "data",  # these four are compared by what they hold
+    "model",
+    "revision",
+    "validation",
     "device",
     "eval_batch_size",
     "keep_last",
@@ -30,7 +34,8 @@ FREE = {
     "samples",
     "save_every",
 }
-"""Settings that may differ when a run goes on: they change nothing that is trained."""
+"""Settings that may differ when a run goes on: by themselves they change nothing that is trained."""
+_FACTS = "run.json"
 _OURS = ("checkpoints", "adapter")
 _FILES = ("config.yaml", "run.json", "env.json", "metrics.jsonl", "loss.png", "report.html", "samples.jsonl")
 
@@ -41,11 +46,13 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
+        name: the adapter's; of a run that goes on, what it was called.
         resume: the checkpoint to go on from; None to begin.
         notes: what is to be said of it.
     """
 
     path: Path
+    name: str
     resume: Path | None
     notes: tuple[str, ...] = ()
 
@@ -83,14 +90,15 @@ def open_directory(settings: Settings) -> RunDirectory:
     if path.exists() and not path.is_dir():
         raise LorakitError(f"out: {path} is a file; name a directory")
     folder = path / "checkpoints"
-    there = (path / "config.yaml").exists() or bool(checkpoints.checkpoints_in(folder))
+    name, written = adapter_name(settings), path / "config.yaml"
+    there = bool(checkpoints.checkpoints_in(folder)) or (path / "adapter").exists()
     if settings.resume == "never":
         if there and not settings.overwrite:
             raise LorakitError(
                 f"{path} holds a run already: resume=auto goes on with it, overwrite=true deletes it and begins anew, "
                 "out= names another place"
             )
-        return RunDirectory(path, None)
+        return RunDirectory(path, name, None)
     if settings.resume == "auto":
         found, notes = checkpoints.newest(folder)
         if found is None and checkpoints.checkpoints_in(folder):
@@ -99,16 +107,20 @@ def open_directory(settings: Settings) -> RunDirectory:
         found, notes = Path(settings.resume), []
         if found.resolve().parent != folder.resolve():
             raise LorakitError(f"resume: {found} is no checkpoint of the run {path}; give auto, or one in {folder}")
+        if not found.is_dir():
+            known = ", ".join(each.name for each in checkpoints.checkpoints_in(folder)) or "none"
+            raise LorakitError(f"resume: there is no checkpoint {found}; in {folder} there are {known}")
         problem = checkpoints.damage(found)
         if problem is not None:
             raise LorakitError(f"resume: {found} cannot be used: {problem}")
-    if there and (path / "config.yaml").exists():
-        _check_same(settings, path / "config.yaml")
-    return RunDirectory(path, found, tuple(notes))
+    if found is not None and written.exists():
+        before = read_yaml(written)
+        name = settings.name if settings.name is not None else str(before.get("name") or name)
+        _check_same(before, {**settings.model_dump(), "name": name}, written)
+    return RunDirectory(path, name, found, tuple(notes))
 
 
-def _check_same(settings: Settings, written: Path) -> None:
-    before, now = read_yaml(written), {**settings.model_dump(), "name": adapter_name(settings)}
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], written: Path) -> None:
     changed = [
         f"{key}: it was {before[key]!r}, and is now {now[key]!r}"
         for key in now
@@ -126,18 +138,13 @@ def _check_same(settings: Settings, written: Path) -> None:
         )
 
 
-def begin(directory: RunDirectory, settings: Settings, facts: Mapping[str, Any]) -> None:
-    """Make the directory, or go on in it.
-
-    Args:
-        directory: what `open_directory` found.
-        settings: as resolved; written to `config.yaml`.
-        facts: of the data and the processes, which must be the same when a run goes on; kept in `run.json`.
+def check_facts(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
+    """Whether a run goes on with the data, the base and the processes that it began with.
 
     Raises:
-        LorakitError: it cannot be written to, or the run was begun with other data.
+        LorakitError: it does not; what differs is named.
     """
-    kept = directory.path / "run.json"
+    kept = directory.path / _FACTS
     if directory.resume is not None and kept.exists():
         before = read_json_object(kept)
         changed = [
@@ -148,6 +155,19 @@ def begin(directory: RunDirectory, settings: Settings, facts: Mapping[str, Any])
                 f"the run in {directory.path} cannot go on as it began: {'; '.join(changed)}. Begin another "
                 "(out=), perhaps with start_from= its adapter"
             )
+
+
+def begin(directory: RunDirectory, settings: Settings, facts: Mapping[str, Any]) -> None:
+    """Make the directory, or go on in it.
+
+    Args:
+        directory: what `open_directory` found.
+        settings: as resolved; written to `config.yaml`.
+        facts: of the data, the base and the processes; kept in `run.json`.
+
+    Raises:
+        LorakitError: it cannot be written to.
+    """
     try:
         directory.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,7 +180,7 @@ def begin(directory: RunDirectory, settings: Settings, facts: Mapping[str, Any])
         for later in checkpoints.checkpoints_in(directory.checkpoints):
             if checkpoints.step_of(later) > checkpoints.step_of(directory.resume):
                 checkpoints.discard(later)
-    write_whole(kept, json.dumps(dict(facts), indent=1).encode())
+    write_whole(directory.path / _FACTS, json.dumps(dict(facts), indent=1).encode())
     write_whole(directory.path / "config.yaml", dumped(settings).encode())
 
 

@@ -14,7 +14,6 @@ from lorakit.finetune.directory import RunDirectory
 from lorakit.finetune.generation import context_of
 from lorakit.finetune.preparation import Prepared
 from lorakit.finetune.progress import Line
-from lorakit.finetune.record import Metrics
 from lorakit.finetune.samples import Sample, continued, prompts_of
 from lorakit.finetune.stopping import Stopper
 from lorakit.finetune.trainer import AdapterTrainer
@@ -34,16 +33,14 @@ class Examples(Dataset[Any]):
         return self.examples[index]
 
 
-def build(
-    prepared: Prepared, directory: RunDirectory, line: Line, metrics: Metrics | None, stopper: Stopper
-) -> tuple[AdapterTrainer, Watch]:
-    """The Trainer, ready to train, and who watches it.
+def build(prepared: Prepared, directory: RunDirectory, line: Line, stopper: Stopper) -> tuple[AdapterTrainer, Watch]:
+    """The Trainer, ready to train, and who watches it; nothing is written yet.
 
     Raises:
-        LorakitError: sharding was asked for where there is none.
+        LorakitError: the Trainer or the optimizer refuses the settings, or sharding was asked for where there is none.
     """
     settings, schedule, base = prepared.settings, prepared.schedule, prepared.base
-    watch = Watch(line, metrics, stopper, lambda: [], settings.patience)
+    watch = Watch(line, stopper, lambda: [], settings.patience)
     try:
         trainer = AdapterTrainer(
             settings=settings,
@@ -63,6 +60,11 @@ def build(
             f"trainer.fsdp: accelerate shards no model on {base.model.device.type}; it needs GPUs, and a launcher "
             "(torchrun --nproc-per-node N -m lorakit train ...)"
         )
+    if not trainer.is_deepspeed_enabled:  # which makes its own
+        try:
+            trainer.create_optimizer()
+        except (ValueError, ImportError, TypeError) as error:
+            raise LorakitError(f"optimizer: {settings.optimizer} cannot be used here: {error}") from None
     trainer.remove_callback(PrinterCallback)
     watch.trainer = trainer
     if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:

@@ -14,8 +14,7 @@ def grouped(plan: Plan) -> list[list[str]]:
     for row in plan.rows:
         tensors = ", ".join(f"{name} {shape(size)}" for name, size in row.tensors.items())
         name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.layer)
-        note = f" ({row.note})" if row.note else ""
-        key = (name, row.kind, shape(row.weight), tensors, f"{row.applied}{note}")
+        key = (name, row.kind, shape(row.weight), tensors, row.applied)
         groups.setdefault(key, []).append(row)
     return [
         [key[0], str(len(alike)), *key[1:], f"{sum(row.parameters for row in alike):,}"]

@@ -1,5 +1,6 @@
 """Which variant a method's name stands for, and putting it on a model."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -43,6 +44,8 @@ def variant_of(settings: Settings) -> Variant:
     """
     build, fixed = _METHODS[settings.method]
     known = {field.name for field in fields(build)}
+    if settings.lora_plus is not None and "B" not in build.file_names:
+        raise LorakitError(f"lora_plus: the method {settings.method} has no factor B; leave it null")
     arguments: dict[str, Any] = {**fixed, "rank": settings.rank}
     if "alpha" in known:
         arguments["alpha"] = 2.0 * settings.rank if settings.alpha is None else settings.alpha
@@ -96,12 +99,37 @@ def heads(model: nn.Module) -> list[str]:
     return [] if head is None else [name for name, module in model.named_modules() if module is head]
 
 
+def cautions(model: nn.Module, plan: Plan) -> list[str]:
+    """What a user should know of a plan, though it works: what is left out, and what is said of its weights."""
+    said = []
+    adapted = {row.layer.rpartition(".")[0] for row in plan.rows} | {row.layer for row in plan.rows}
+    experts = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and not {path, f"{path}.{name}"} & adapted
+    ]
+    if experts:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", experts[0])
+        said.append(
+            f"{len(experts)} stacks of experts, such as {experts[0]}, are not adapted: all-linear is of layers; "
+            f"targets=[all-linear, '{pattern}'] takes them too"
+        )
+    noted = [row for row in plan.rows if row.note]
+    if noted:
+        more = f" (so {len(noted) - 1} more weights)" if len(noted) > 1 else ""
+        said.append(f"{noted[0].layer}: {noted[0].note}{more}")
+    return said
+
+
 def planned(model: nn.Module, settings: Settings, name: str) -> Plan:
-    """What would be attached; changes nothing.
+    """What would be attached, for a model of shapes; to a real one, the adapter to train on is attached.
 
     Raises:
         LorakitError: a target matches nothing or cannot be adapted.
     """
+    if settings.start_from is not None:
+        return load(model, settings.start_from, name, verify="off", trainable=True)
     return plan(model, variant_of(settings), name=name, **targets_of(model, settings))
 
 

@@ -23,8 +23,8 @@ from lorakit.finetune.arguments import (
 from lorakit.finetune.base import Base, device_named, open_base
 from lorakit.finetune.checkpoints import ADAPTER
 from lorakit.finetune.data import Encoded, Rows, check_packing, collate, encode, pack, read_rows, split_off
-from lorakit.finetune.directory import RunDirectory, adapter_name
-from lorakit.finetune.methods import adapt, variant_of
+from lorakit.finetune.directory import RunDirectory
+from lorakit.finetune.methods import adapt, cautions, variant_of
 from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
 from lorakit.fingerprint import fingerprint
@@ -113,16 +113,27 @@ def encode_data(settings: Settings, rows: tuple[Rows, Rows], tokenizer: Any, len
     )
 
 
+def check(settings: Settings) -> None:
+    """What can be known to be wrong before anything is read.
+
+    Raises:
+        LorakitError: it is.
+    """
+    device_named(settings.device)
+    check_trackers(list(settings.report_to))
+    variant_of(settings)
+    if settings.revision is not None and Path(settings.model).is_dir():
+        raise LorakitError(f"revision: {settings.model} is a directory, which has none; leave it null")
+
+
 def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared:
     """Read, load and attach.
 
     Raises:
         LorakitError: anything is wrong; nothing was written.
     """
-    name = adapter_name(settings)
-    device_named(settings.device)
-    check_trackers(list(settings.report_to))
-    variant_of(settings)
+    name = directory.name
+    check(settings)
     rows = read_data(settings)
     base = open_base(
         settings.model,
@@ -147,6 +158,8 @@ def prepare(settings: Settings, directory: RunDirectory, line: Line) -> Prepared
     plan = attach(settings, base, data, name, directory.resume)
     share = f"{plan.percent:.3g}% of the base's {plan.base_parameters:,}"
     line.say(f"adapter {name!r}: {plan.variant} on {len(plan.rows)} weights, {plan.parameters:,} numbers, {share}")
+    for caution in cautions(base.model, plan):
+        line.say(caution)
     facts = {
         "data": data.digests[0],
         "validation": data.digests[1],

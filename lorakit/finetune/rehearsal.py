@@ -5,13 +5,13 @@ import sys
 import torch
 
 from lorakit.finetune.arguments import arguments_of, length_of, schedule_of, width_of
-from lorakit.finetune.base import DTYPES, device_named, dtype_on, open_outline
+from lorakit.finetune.base import DTYPES, device_named, dtype_on, open_base, open_outline
 from lorakit.finetune.data import shown
-from lorakit.finetune.directory import adapter_name, open_directory
+from lorakit.finetune.directory import open_directory
 from lorakit.finetune.estimate import estimate
 from lorakit.finetune.groups import as_table
-from lorakit.finetune.methods import planned
-from lorakit.finetune.preparation import encode_data, read_data
+from lorakit.finetune.methods import cautions, planned
+from lorakit.finetune.preparation import check, encode_data, read_data
 from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
 
@@ -26,14 +26,19 @@ def rehearse(settings: Settings, line: Line) -> None:
         LorakitError: the run itself would fail so.
     """
     directory = open_directory(settings)
+    check(settings)
     device = device_named(settings.device)
     rows = read_data(settings)
-    base = open_outline(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    if settings.start_from is None:
+        base = open_outline(settings.model, **source)  # type: ignore[arg-type]
+    else:  # what an adapter is on shows when it is loaded
+        base = open_base(settings.model, device="cpu", **source)  # type: ignore[arg-type]
     model, config, tokenizer = base.model, base.model.config, base.tokenizer
     data = encode_data(settings, rows, tokenizer, length_of(settings, model))
-    plan = planned(model, settings, adapter_name(settings))
+    plan = planned(model, settings, directory.name)
     schedule = schedule_of(settings, len(data.train), len(data.validation), width_of(config))
-    arguments = arguments_of(settings, schedule, directory.checkpoints, device)
+    arguments_of(settings, schedule, directory.checkpoints, device)
     dtype = _dtype(settings, device)
     longest = max(map(len, data.train))
     memory = estimate(
@@ -58,11 +63,12 @@ def rehearse(settings: Settings, line: Line) -> None:
         )
     line.say("adapter")
     line.say(_indented(as_table(plan), 2))
+    for caution in cautions(model, plan):
+        line.say(f"            {caution}")
     line.say(f"memory      {memory}")
     passes = f"{schedule.steps / schedule.steps_an_epoch:.3g} times through the data"
     line.say(f"steps       {schedule.steps:,} of {schedule.examples_a_step} examples, {passes}")
-    warm = arguments.get_warmup_steps(schedule.steps)
-    line.say(f"rate        up to {schedule.learning_rate:g} in {warm} steps, then {settings.schedule}")
+    line.say(f"rate        up to {schedule.learning_rate:g} in {schedule.warmup} steps, then {settings.schedule}")
     every = f"every {schedule.eval_every} steps" if schedule.eval_every else "never, there is no validation data"
     line.say(f"evaluated   {every}; a checkpoint every {schedule.save_every}")
     where = f"goes on from {directory.resume}" if directory.resume else "begins"

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.finetune import checkpoints
-from lorakit.finetune.directory import RunDirectory, begin, locked, open_directory
+from lorakit.finetune.directory import RunDirectory, begin, check_facts, locked, open_directory
 from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
 
@@ -66,6 +66,7 @@ def train(settings: Settings, line: Line | None = None) -> Outcome:
     for note in directory.notes:
         line.say(note)
     from lorakit.finetune.quiet import quiet_imports, uncollected
+    from lorakit.finetune.stopping import Stopper
 
     quiet_imports()
     with uncollected():
@@ -74,9 +75,17 @@ def train(settings: Settings, line: Line | None = None) -> Outcome:
 
     with locked(directory.path) if first else _nothing():
         prepared = prepare(settings, directory, line)
-        if first:
-            begin(directory, prepared.settings, prepared.facts)
-        return _run(prepared, build, directory, line, first, begun)
+        check_facts(directory, prepared.facts)
+        if directory.resume is not None and checkpoints.step_of(directory.resume) >= prepared.schedule.steps:
+            return _finished(prepared, directory, line, first, begun)
+        with Stopper() as stopper:
+            trainer, watch = build(prepared, directory, line, stopper)
+            if first:
+                begin(directory, prepared.settings, prepared.facts)  # all that can be known to be wrong is right
+                watch.metrics = _records(directory)
+            with explained(directory, trainer, settings, first):
+                trainer.train(resume_from_checkpoint=None if directory.resume is None else str(directory.resume))
+        return _ended(prepared, directory, trainer, watch, begun)
 
 
 def agreed(settings: Settings) -> RunDirectory:
@@ -97,38 +106,40 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _run(prepared: Any, build: Any, directory: RunDirectory, line: Line, first: bool, begun: float) -> Outcome:
+def _records(directory: RunDirectory) -> Any:
+    """The files in which a run is noted."""
     from lorakit.finetune.record import Metrics, environment
-    from lorakit.finetune.stopping import Stopper
     from lorakit.storage import write_whole
 
-    settings, schedule = prepared.settings, prepared.schedule
-    resume = directory.resume
-    done = 0 if resume is None else checkpoints.step_of(resume)
-    if done >= schedule.steps:
-        line.say(f"{directory.path}: all {done} steps are done already")
-        if first and resume is not None:
-            deliver(directory, settings, checkpoints.state_in(resume).get("best_global_step"))
-        return _outcome(prepared, directory, None, begun, first)
-    metrics = None
+    write_whole(directory.path / "env.json", json.dumps(environment(), indent=1).encode())
+    after = None if directory.resume is None else checkpoints.step_of(directory.resume)
+    return Metrics(directory.path / "metrics.jsonl", after)
+
+
+def _finished(prepared: Any, directory: RunDirectory, line: Line, first: bool, begun: float) -> Outcome:
+    """A run that ended before."""
+    assert directory.resume is not None
+    line.say(f"{directory.path}: all {checkpoints.step_of(directory.resume)} steps are done already")
     if first:
-        metrics = Metrics(directory.path / "metrics.jsonl", None if resume is None else done)
-        write_whole(directory.path / "env.json", json.dumps(environment(), indent=1).encode())
-    with Stopper() as stopper:
-        trainer, watch = build(prepared, directory, line, metrics, stopper)
-        with explained(directory, trainer, settings, first):
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        best = checkpoints.state_in(directory.resume).get("best_global_step")
+        deliver(directory, prepared.settings, best)
+    return _outcome(prepared, directory, None, begun, first)
+
+
+def _ended(prepared: Any, directory: RunDirectory, trainer: Any, watch: Any, begun: float) -> Outcome:
+    """The result where it belongs, and the reports."""
+    settings, step, first = prepared.settings, trainer.state.global_step, watch.metrics is not None
     stopped = None
-    if stopper.noted is not None and trainer.state.global_step < schedule.steps:
-        stopped = f"{stopper.noted} after step {trainer.state.global_step} of {schedule.steps}"
+    if watch.stopper.noted is not None and step < prepared.schedule.steps:
+        stopped = f"{watch.stopper.noted} after step {step} of {prepared.schedule.steps}"
     elif watch.tired:
         stopped = f"no better validation loss in {settings.patience} evaluations"
     if first:
         deliver(directory, settings, trainer.state.best_global_step)
     trainer.accelerator.wait_for_everyone()
     outcome = _outcome(prepared, directory, stopped, begun, first)
-    if metrics is not None:
-        _report(prepared, outcome, metrics.rows)
+    if first:
+        _report(prepared, outcome, watch.metrics.rows)
     return outcome
 
 
@@ -146,10 +157,11 @@ def explained(directory: RunDirectory, trainer: Any, settings: Settings, first: 
     try:
         yield
     except NotFiniteError as error:
-        kept = _keep(directory, trainer) if first else ""
+        kept = _keep_whole(directory, trainer, settings) if first else ""
         raise LorakitError(
-            f"stopped: {error}. {kept}Try a smaller learning_rate (it was {trainer.args.learning_rate:g}), more "
-            "warmup, clip=1.0, or dtype=float32; look at the data around this step"
+            f"stopped: {error}. {kept}Look at the data around this step, or begin anew (overwrite=true, or another "
+            f"out=) with a smaller learning_rate (it was {trainer.args.learning_rate:g}), more warmup, clip=1.0 or "
+            "dtype=float32"
         ) from None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_memory(error):
@@ -187,6 +199,14 @@ def _lighter(settings: Settings) -> str:
         advice.append("quantize=4bit")
     advice.append("a smaller max_length")
     return f"Try {', '.join(advice)}"
+
+
+def _keep_whole(directory: RunDirectory, trainer: Any, settings: Settings) -> str:
+    """Keep the adapter of a checkpoint, or else the one as it stands: the last steps have spoilt it, perhaps."""
+    if not checkpoints.checkpoints_in(directory.checkpoints):
+        return _keep(directory, trainer)
+    chosen = deliver(directory, settings, trainer.state.best_global_step)
+    return f"The adapter after step {checkpoints.step_of(chosen)} is kept in {directory.adapter}. "
 
 
 def _keep(directory: RunDirectory, trainer: Any) -> str:

@@ -157,8 +157,30 @@ class Settings(BaseModel):
             raise ValueError(f"validation: {share} is neither a share below 1 nor a number of rows")
         if self.target_rank is not None and self.method != "adalora":
             raise ValueError(f"target_rank: is of the method adalora, not of {self.method}")
+        if self.target_rank is not None and self.target_rank > self.rank:
+            raise ValueError(f"target_rank: {self.target_rank:g} is above the rank {self.rank} that is begun with")
+        if self.start_from is not None:
+            self._check_brought()
         if isinstance(self.samples, int) and self.samples < 0:
             raise ValueError("samples: must be 0 or more")
         if self.overwrite and self.resume != "never":
             raise ValueError("overwrite: begins anew, and resume goes on; choose one")
         return self
+
+    def _check_brought(self) -> None:
+        """An adapter to train on is what it is: settings that say otherwise would be without effect."""
+        brought = (
+            "method",
+            "rank",
+            "alpha",
+            "dropout",
+            "targets",
+            "exclude",
+            "ranks",
+            "alphas",
+            "train_also",
+            "options",
+        )
+        changed = [name for name in brought if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(f"start_from: the adapter brings its own {', '.join(changed)}; leave them as they are")

@@ -176,6 +176,8 @@ class AdapterTrainer(Trainer):
                 total, count = total + losses.double().sum().item(), count + int(counts.sum().item())
         model.train(training)
         loss = total / count if count else math.nan
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"the validation loss is {loss} after step {self.state.global_step}")
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -22,7 +22,6 @@ class Watch(TrainerCallback):
 
     Args:
         line: where to show it.
-        metrics: where to note it; None in all processes but the first.
         stopper: who is asked whether to stop.
         sampled: makes the samples of an evaluation.
         patience: evaluations without a better one after which to stop.
@@ -31,12 +30,13 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         line: Line,
-        metrics: Metrics | None,
         stopper: Stopper,
         sampled: Callable[[], list[Sample]],
         patience: int | None,
     ) -> None:
-        self.line, self.metrics, self.stopper, self.sampled, self.patience = line, metrics, stopper, sampled, patience
+        self.line, self.stopper, self.sampled, self.patience = line, stopper, sampled, patience
+        self.metrics: Metrics | None = None
+        """Where to note it; None in all processes but the first."""
         self.trainer: AdapterTrainer | None = None
         self.facts: dict[str, Any] = {}
         self.tired = False

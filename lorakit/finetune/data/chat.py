@@ -227,5 +227,5 @@ def _unlike(asked: str, said: str) -> str:
     return (
         f"the chat template asks for an answer with {asked[max(0, same - 20) :][-60:]!r}, and writes one that is given "
         f"as {said[max(0, same - 20) :][:60]!r}: it would be trained after another text than it is generated from. "
-        "Give a template with {% generation %} marks, or one that asks as it writes, as chat_template"
+        "Give a template with {% generation %} marks, or one that asks as it writes, as template"
     )

@@ -48,7 +48,7 @@ def recipe_of(kind: str, tokenizer: "PreTrainedTokenizerBase", template: str | N
     if found is None and (kind == "messages" or (kind == "instruction" and own)):
         if not own:
             raise LorakitError(
-                "the rows are messages, and the tokenizer has no chat template: name one with chat_template, such as "
+                "the rows are messages, and the tokenizer has no chat template: name one with template, such as "
                 f"{' or '.join(repr(name) for name in BUILT_IN if name in ('chatml', 'simple'))}, or a file with one"
             )
         return _chat(Chat(tokenizer, None))
