@@ -202,6 +202,27 @@ def test_a_head_that_was_trained_whole_is_merged_though_its_file_calls_it_otherw
     )
 
 
+def test_an_embedding_that_was_trained_whole_is_merged_and_the_head_stays_that_of_the_base(tmp_path):
+    base = small_lm(tmp_path / "base", tie_word_embeddings=True)
+    run = run_on(tmp_path / "run", base, also=["model.embed_tokens"])
+    done("merge", base, run, tmp_path / "out", "--strength", "0.5")
+    model = open_base(base, device="cpu").model
+    name = load_adapter(model, run).name
+    lk.activate(model, {name: 0.5})
+    torch.testing.assert_close(merged(tmp_path / "out"), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_by_way_of_the_live_model_may_be_refused_and_then_leaves_nothing(tmp_path):
+    base = small_lm(tmp_path / "base", tie_word_embeddings=True)
+    run = run_on(tmp_path / "run", base, also=["lm_head"])
+    other = small_lm(tmp_path / "other", tie_word_embeddings=True, seed=1)
+    fails("other values(.|\n)*--no-verify", "merge", other, run, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    plain.save_pretrained(base)
+    fails("--least-survival", "merge", base, run, tmp_path / "out", "--no-verify", "--strength", "1e-4")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "other"}
+
+
 def lk_head(base: Path) -> str:
     """The live model's name of its head."""
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -16,7 +16,8 @@ def torchrun(processes: int, script: str, folder: Path, *, out: bool = True) -> 
     """What it prints. The port is one that is free; the network stays on this machine."""
     words = ["--standalone", "--nproc-per-node", str(processes), str(EXAMPLES / script)]
     words += ["--out", str(folder)] if out else []
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(folder)}
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    own |= {} if out else {"TMPDIR": str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         cwd=folder,

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lorakit as lk
 from lorakit import LorakitError
+from lorakit.checkpoints.checkpoint import listed, shortened
 from lorakit.checkpoints.merging import merge_checkpoint
 
 VARIANTS = [
@@ -237,3 +238,36 @@ def test_a_file_of_peft_on_weights_that_are_in_out(tmp_path):
     merge_checkpoint(base, bare, tmp_path / "out")
     lk.merge(model)
     same_bits(values(tmp_path / "out"), model.state_dict())
+
+
+def test_the_report_says_it_of_all_together_and_of_the_worst(tmp_path):
+    model = attached(llama(torch.bfloat16), lk.LoRA(rank=2))
+    report = merge_checkpoint(llama(torch.bfloat16), lk.adapter_value(model), tmp_path / "out", least_survival=0)
+    base = llama(torch.bfloat16).state_dict()
+    names = [weight.name for weight in report.weights]
+    updates = lk.norm(lk.adapter_value(model))
+    norm = sum(float(base[name].double().norm()) ** 2 for name in names) ** 0.5
+    assert report.change == pytest.approx(sum(updates[name] ** 2 for name in names) ** 0.5 / norm, rel=1e-2)
+    assert len(report.weights) == 15
+    lines = report.brief(3).splitlines()
+    worst = sorted(report.weights, key=lambda weight: -weight.lost)[:3]
+    assert lines[0].startswith("15 weights merged") and [line.split()[0] for line in lines[3:]] == [
+        w.name for w in worst
+    ]
+
+
+def test_other_files_take_the_place_of_the_base_s(tmp_path):
+    base = saved(llama(), tmp_path / "base")
+    files = {"tokenizer.json": b"[1]", "new.txt": b"new"}
+    merge_checkpoint(base, adapter_for(llama()), tmp_path / "out", files=files)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+    assert (base / "tokenizer.json").read_text() == "{}" and not (base / "new.txt").exists()
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 40, 41, 60])
+def test_a_short_message_counts_all_that_it_leaves_out(count):
+    text = listed("Title:", [f"problem {i}" for i in range(count)]) + "\nadvice"
+    lines = shortened(text).splitlines()
+    assert lines[0] == "Title:" and lines[-1] == "advice" and len(lines) == 2 + min(count, 6)
+    assert count <= 5 or lines[-2] == f"  - and {count - 5} more"
+    assert shortened("no list") == "no list"

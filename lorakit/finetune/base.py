@@ -78,7 +78,7 @@ def open_base(
     place = device_named(device)
     kind = dtype_on(place) if dtype == "auto" else DTYPES[dtype]
     local, source = _source(where, revision, trust_remote_code)
-    with quiet_transformers(), offline("local_files_only" in source), warnings.catch_warnings():
+    with quiet_transformers(), offline(not local and "local_files_only" in source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = _config(where, local, source)
         tokenizer = _tokenizer(where, source)
@@ -97,7 +97,7 @@ def open_outline(where: str | Path, *, revision: str | None = None, trust_remote
     """
     where = os.path.expanduser(os.fspath(where))
     local, source = _source(where, revision, trust_remote_code)
-    with quiet_transformers(), offline("local_files_only" in source), warnings.catch_warnings():
+    with quiet_transformers(), offline(not local and "local_files_only" in source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -1,6 +1,7 @@
 """The ends of a text that a run taught, in the file that plain transformers reads them from."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,21 +37,22 @@ def taught_ends(base: Path, adapter: str | Path) -> Ends:
         run = resolve(adapter)
         if not run.settings:
             return Ends(None, None)
+        if find_spec("transformers") is None:
+            raise LorakitError("transformers is not installed")
         from lorakit.finetune.base import open_outline
         from lorakit.finetune.data import stops_of
 
         outline = open_outline(base)
         taught = stops_of(kind_of(run) or "text", outline.tokenizer, run.settings.get("template"))
+        path = base / GENERATION
+        told = read_json_object(path) if path.is_file() else _derived(outline.model.generation_config)
     except LorakitError as error:
         return Ends(None, f"the tokens that end a text are the base's; those of the run cannot be told: {error}")
-    known: Any = outline.model.generation_config
-    stated = known.eos_token_id
+    stated: Any = outline.model.generation_config.eos_token_id
     ends = list(stated) if isinstance(stated, list | tuple) else [] if stated is None else [stated]
     new = [token for token in taught if token not in ends]
     if not new:
         return Ends(None, None)
-    path = base / GENERATION
-    told = read_json_object(path) if path.is_file() else _derived(known)
     told["eos_token_id"] = [*ends, *new]
     names = ", ".join(repr(outline.tokenizer.convert_ids_to_tokens(token)) for token in new)
     said = f"{GENERATION}: texts end with {names} too, as the run taught"

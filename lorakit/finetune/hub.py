@@ -98,6 +98,6 @@ def snapshot(where: str, revision: str | None = None) -> Path:
                 folder = Path(snapshot_download(where, allow_patterns=[*_WANTED, "*.bin"], **how))
     except Exception as error:  # of requests, of the hub and of the system
         why = " ".join((str(error).strip() or type(error).__name__).split("\n\n")[0].split())[:300]
-        far = "" if near else "; the hub cannot be reached from here, nor is it in the cache"
-        raise LorakitError(f"there is no directory {where}, and as a hub id it cannot be loaded{far} ({why})") from None
+        why = f" ({why})" if near else "; the hub cannot be reached from here, nor is it in the cache"
+        raise LorakitError(f"there is no directory {where}, and as a hub id it cannot be loaded{why}") from None
     return folder

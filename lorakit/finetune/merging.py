@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def checkpoint_at(where: str) -> Path:
 
 def knows(base: Path, adapter: Adapter) -> bool:
     """Whether transformers builds a model of a directory that has every weight of an adapter; none are read."""
-    if not (base / _CONFIG).is_file():
+    if not (base / _CONFIG).is_file() or find_spec("transformers") is None:
         return False
     try:
         model = open_outline(base).model
