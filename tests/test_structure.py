@@ -93,12 +93,13 @@ import lorakit
 print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
 """
 
-SECONDS = """
+SHARE = """
 import time
+begin = time.process_time()
 import torch
-start = time.process_time()  # other work on the machine does not count
+middle = time.process_time()
 import lorakit
-print(time.process_time() - start)
+print((time.process_time() - middle) / (middle - begin))
 """
 
 
@@ -114,4 +115,5 @@ def test_importing_loads_only_torch_safetensors_and_the_standard_library():
 
 
 def test_importing_adds_little_to_the_time_of_torch():
-    assert min(float(fresh_python(SECONDS)) for _ in range(3)) < 0.15
+    # A share of torch's own time: seconds are longer when other work fills the machine.
+    assert min(float(fresh_python(SHARE)) for _ in range(3)) < 0.22
