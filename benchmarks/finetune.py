@@ -35,13 +35,13 @@ import lorakit as lk
 from lorakit.finetune.base import Base, open_base
 from lorakit.finetune.config import checked
 from lorakit.finetune.data import collate
-from lorakit.finetune.directory import begin, open_directory
-from lorakit.finetune.engine import Examples, build
-from lorakit.finetune.preparation import encode_data, prepare, read_data
-from lorakit.finetune.progress import Line
 from lorakit.finetune.quiet import quiet_imports
-from lorakit.finetune.stopping import Stopper
-from lorakit.finetune.trainer import row_losses
+from lorakit.finetune.training.directory import begin, open_directory
+from lorakit.finetune.training.engine import Examples, build
+from lorakit.finetune.training.preparation import encode_data, prepare, read_data
+from lorakit.finetune.training.progress import Line
+from lorakit.finetune.training.stopping import Stopper
+from lorakit.finetune.training.trainer import row_losses
 
 BATCH, RANK, RATE, WARM = 8, 16, 1e-3, 5
 SKIPPED = 5

@@ -29,8 +29,8 @@ from runs import run
 from small_lms import small_lm
 
 from lorakit.errors import LorakitError
-from lorakit.finetune import checkpoints, engine, report  # so that no fork has to import them  # noqa: F401
-from lorakit.finetune.record import read_metrics
+from lorakit.finetune.training import checkpoints, engine, report  # so that no fork has to import them  # noqa: F401
+from lorakit.finetune.training.record import read_metrics
 
 
 def started(model: Path, folder: Path, **values: Any) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.finetune.config import checked
-from lorakit.finetune.run import Outcome, train
 from lorakit.finetune.settings import Settings
+from lorakit.finetune.training.run import Outcome, train
 
 gc.freeze()  # accelerate collects at the beginning of each run, which takes a second among all that tests import
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

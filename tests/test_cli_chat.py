@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.cli.chat import chat
 from lorakit.errors import LorakitError
-from lorakit.finetune.conversation import Conversation
-from lorakit.finetune.generation import Request, generate
-from lorakit.finetune.generation_prompts import prompter_of
-from lorakit.finetune.generation_steps import Sampling
+from lorakit.finetune.generation.conversation import Conversation
+from lorakit.finetune.generation.generate import Request, generate
+from lorakit.finetune.generation.prompts import prompter_of
+from lorakit.finetune.generation.steps import Sampling
 
 app = command(chat, "chat")
 LENGTH = 6

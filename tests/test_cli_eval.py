@@ -8,9 +8,9 @@ from small_lms import STORIES, needs_stories
 
 from lorakit.cli.eval import evaluate
 from lorakit.finetune.data import encode, read_rows
-from lorakit.finetune.generation import Request, generate
-from lorakit.finetune.generation_steps import Sampling
-from lorakit.finetune.scoring import score
+from lorakit.finetune.generation.generate import Request, generate
+from lorakit.finetune.generation.scoring import score
+from lorakit.finetune.generation.steps import Sampling
 
 app = command(evaluate, "eval")
 

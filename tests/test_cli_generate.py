@@ -13,9 +13,9 @@ from language_runs import Files, as_other_run, as_run, command, made, ran, refus
 import lorakit as lk
 from lorakit.cli.generate import generate
 
-from lorakit.finetune.generation import Request, ends_of, generate as answers_to  # isort: skip
-from lorakit.finetune.generation_prompts import prompter_of
-from lorakit.finetune.generation_steps import Sampling
+from lorakit.finetune.generation.generate import Request, ends_of, generate as answers_to  # isort: skip
+from lorakit.finetune.generation.prompts import prompter_of
+from lorakit.finetune.generation.steps import Sampling
 
 app = command(generate, "generate")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import open_base
-from lorakit.finetune.generation_adapters import load_adapter
+from lorakit.finetune.generation.adapters import load_adapter
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
 

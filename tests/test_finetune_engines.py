@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 import lorakit as lk
 from lorakit.cli import app
 from lorakit.errors import LorakitError
-from lorakit.finetune import estimate
 from lorakit.finetune.base import open_base, open_outline
 from lorakit.finetune.config import dumped
-from lorakit.finetune.methods import planned
-from lorakit.finetune.preparation import checkpoint_gradients
-from lorakit.finetune.record import read_metrics
+from lorakit.finetune.training import estimate
+from lorakit.finetune.training.methods import planned
+from lorakit.finetune.training.preparation import checkpoint_gradients
+from lorakit.finetune.training.record import read_metrics
 
 
 @pytest.fixture(scope="module")

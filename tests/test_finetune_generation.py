@@ -13,9 +13,9 @@ from transformers import RepetitionPenaltyLogitsProcessor
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import Base, open_base
-from lorakit.finetune.generation import Request, acting, context_of, ends_of, generate, unmixable
-from lorakit.finetune.generation_steps import Choose, Row, Sampling
-from lorakit.finetune.generation_text import TextStream
+from lorakit.finetune.generation.generate import Request, acting, context_of, ends_of, generate, unmixable
+from lorakit.finetune.generation.steps import Choose, Row, Sampling
+from lorakit.finetune.generation.text import TextStream
 
 PROMPTS = ("Once upon a time", "a", "The rivers of Texas are three: ")
 ADAPTERS = ("sql", "js")

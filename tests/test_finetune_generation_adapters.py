@@ -14,8 +14,8 @@ import lorakit as lk
 from lorakit.cli import app
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import open_base
-from lorakit.finetune.generation_adapters import load_adapter, load_adapters, named_path
-from lorakit.finetune.generation_prompts import prompter_of
+from lorakit.finetune.generation.adapters import load_adapter, load_adapters, named_path
+from lorakit.finetune.generation.prompts import prompter_of
 from lorakit.finetune.resolve import adapter_at, kind_of, near, resolve
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from lorakit.errors import LorakitError
 from lorakit.finetune.data import prompt_of, read_rows
-from lorakit.finetune.generation_files import prompts_at
-from lorakit.finetune.generation_prompts import Prompter
+from lorakit.finetune.generation.files import prompts_at
+from lorakit.finetune.generation.prompts import Prompter
 
 
 def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):

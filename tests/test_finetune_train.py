@@ -14,12 +14,12 @@ from small_lms import ARCHITECTURES, small_lm
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.finetune import checkpoints, trainer
 from lorakit.finetune.base import open_base
 from lorakit.finetune.config import read_yaml
-from lorakit.finetune.record import read_metrics
-from lorakit.finetune.run import train
 from lorakit.finetune.settings import METHODS
+from lorakit.finetune.training import checkpoints, trainer
+from lorakit.finetune.training.record import read_metrics
+from lorakit.finetune.training.run import train
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.sql_and_javascript.pairs import Task
-from lorakit.finetune import scoring
+from lorakit.finetune.generation import scoring
 from lorakit.finetune.base import Base
 from lorakit.finetune.data import Example, encode, read_rows
-from lorakit.finetune.generation import Chosen, Request, generate
-from lorakit.finetune.generation_prompts import Prompter
-from lorakit.finetune.generation_steps import Sampling
+from lorakit.finetune.generation.generate import Chosen, Request, generate
+from lorakit.finetune.generation.prompts import Prompter
+from lorakit.finetune.generation.steps import Sampling
 
 _ROWS = 64
 """Rows at once, in measuring and in writing."""

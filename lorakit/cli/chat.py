@@ -40,9 +40,9 @@ from lorakit.cli.language import (
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.finetune.conversation import Conversation
-    from lorakit.finetune.generation import Chosen
-    from lorakit.finetune.generation_steps import Sampling
+    from lorakit.finetune.generation.conversation import Conversation
+    from lorakit.finetune.generation.generate import Chosen
+    from lorakit.finetune.generation.steps import Sampling
 
 HELP = """/use js               who answers from now on: an adapter, or base
 /use sql=0.7+js=0.3   several at once, with strengths
@@ -80,8 +80,8 @@ def chat(
 
     Lines are read from stdin too, one question each.
     """
-    from lorakit.finetune.conversation import Conversation
-    from lorakit.finetune.generation_steps import Sampling
+    from lorakit.finetune.generation.conversation import Conversation
+    from lorakit.finetune.generation.steps import Sampling
 
     ends = tuple(escaped(text) for text in stop or ())
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, ends)
@@ -144,7 +144,7 @@ class Session:
         Raises:
             LorakitError: there is nobody of that name, or adapters that cannot act together.
         """
-        from lorakit.finetune.generation import acting
+        from lorakit.finetune.generation.generate import acting
 
         chosen = _chosen(text, self._opened.names)
         with acting(self._opened.base.model, chosen):
@@ -192,7 +192,7 @@ class Session:
         self._commands[word](rest.strip())
 
     def _answer(self, text: str) -> None:
-        from lorakit.finetune.generation import Request, generate
+        from lorakit.finetune.generation.generate import Request, generate
 
         ready = self._conversation.asked(text)
         if ready.dropped:
@@ -235,7 +235,7 @@ class Session:
             print(f"{'*' if _acts(name, self._chosen) else ' '} {name}{what}", flush=True)
 
     def _load(self, rest: str) -> None:
-        from lorakit.finetune.generation_adapters import named_path
+        from lorakit.finetune.generation.adapters import named_path
 
         if not rest:
             raise LorakitError("which adapter? /load NAME=PATH")

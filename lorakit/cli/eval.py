@@ -31,9 +31,9 @@ from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
     from lorakit.finetune.data import Encoded, Rows
-    from lorakit.finetune.generation import Chosen
-    from lorakit.finetune.generation_prompts import Prompter
-    from lorakit.finetune.scoring import Question, Result, Score
+    from lorakit.finetune.generation.generate import Chosen
+    from lorakit.finetune.generation.prompts import Prompter
+    from lorakit.finetune.generation.scoring import Question, Result, Score
 
 _LENGTH = 1024
 """Tokens of an example at most, as in training, where nothing else is said."""
@@ -100,7 +100,7 @@ def evaluate(
     for (name, least), number in zip(least_of.items(), given, strict=True):
         if number is not None and number < least:
             raise LorakitError(f"--{name} {number} must be {least} or more")
-    from lorakit.finetune.generation_prompts import Prompter
+    from lorakit.finetune.generation.prompts import Prompter
 
     settings = settings_of(model, adapter)
     rows = _rows(data, columns, settings, split, limit)
@@ -162,7 +162,7 @@ def _encoded(
 ) -> "Encoded":
     """The rows as training has them."""
     from lorakit.finetune.data import encode
-    from lorakit.finetune.generation import context_of
+    from lorakit.finetune.generation.generate import context_of
 
     context = context_of(prompter.base.model)
     longest = max_length or settings.get("max_length") or min(_LENGTH, context or _LENGTH)
@@ -173,7 +173,7 @@ def _encoded(
 
 
 def _questions(prompter: "Prompter", rows: "Rows") -> "list[Question]":
-    from lorakit.finetune.scoring import questions_of
+    from lorakit.finetune.generation.scoring import questions_of
 
     questions, lost = questions_of(rows, prompter)
     if lost:
@@ -182,8 +182,8 @@ def _questions(prompter: "Prompter", rows: "Rows") -> "list[Question]":
 
 
 def _findings(chosen: "Chosen", way: _Way, max_new_tokens: int | None, batch_size: int) -> _Findings:
-    from lorakit.finetune.generation_steps import Sampling
-    from lorakit.finetune.scoring import answer_length, ask, score
+    from lorakit.finetune.generation.scoring import answer_length, ask, score
+    from lorakit.finetune.generation.steps import Sampling
 
     prompter, encoded, questions = way
     base, who = prompter.base, label_of(chosen)

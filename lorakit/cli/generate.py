@@ -42,9 +42,9 @@ from lorakit.cli.language import (
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.finetune.generation import Answer, Chosen, Request
-    from lorakit.finetune.generation_files import Prompt
-    from lorakit.finetune.generation_steps import Sampling
+    from lorakit.finetune.generation.files import Prompt
+    from lorakit.finetune.generation.generate import Answer, Chosen, Request
+    from lorakit.finetune.generation.steps import Sampling
 
 _AT_ONCE = 8
 """Batches whose answers are shown together: they are sorted by length."""
@@ -98,8 +98,8 @@ def generate(
         raise LorakitError("which prompt? Give some, or --file with one a line")
     if stream and as_json:
         raise LorakitError("--stream and --json do not go together: leave one away")
-    from lorakit.finetune.generation import Request, numbered
-    from lorakit.finetune.generation_steps import Sampling
+    from lorakit.finetune.generation.generate import Request, numbered
+    from lorakit.finetune.generation.steps import Sampling
 
     sampling = Sampling(
         max_new_tokens,
@@ -150,7 +150,7 @@ def generate(
 
 
 def _prompts(given: Sequence[str], file: Path | None, columns: Mapping[str, str]) -> "list[Prompt]":
-    from lorakit.finetune.generation_files import Prompt, prompts_at, read_prompts
+    from lorakit.finetune.generation.files import Prompt, prompts_at, read_prompts
 
     found = [Prompt(text, text, f"prompt {number}") for number, text in enumerate(given, 1)]
     if file is not None:
@@ -187,14 +187,14 @@ def _chosen(use: str | None, compare: bool, names: Sequence[str]) -> "list[Chose
 
 def _note_apart(opened: Opened, chosen: "Sequence[Chosen]") -> None:
     """Say so if these adapters cannot share a batch: it takes longer, and gives the same."""
-    from lorakit.finetune.generation import unmixable
+    from lorakit.finetune.generation.generate import unmixable
 
     if len(chosen) > 1 and (reason := unmixable(opened.base.model, chosen)) is not None:
         say(f"one adapter after the other, as they cannot share a batch: {reason.partition(';')[0]}")
 
 
 def _answers(opened: Opened, requests: "Sequence[Request]", sampling: "Sampling", batch_size: int) -> "list[Answer]":
-    from lorakit.finetune.generation import generate as answers_to
+    from lorakit.finetune.generation.generate import generate as answers_to
 
     with progress("Generating") as bar:
         task = bar.add_task("", total=len(requests))
@@ -214,7 +214,7 @@ def _stream(
     requests: "Sequence[Request]",
     sampling: "Sampling",
 ) -> None:
-    from lorakit.finetune.generation import generate as answers_to
+    from lorakit.finetune.generation.generate import generate as answers_to
 
     for i, request in enumerate(requests):
         if len(requests) > 1:

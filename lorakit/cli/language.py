@@ -16,8 +16,8 @@ from lorakit.errors import LorakitError, printable
 
 if TYPE_CHECKING:
     from lorakit.finetune.base import Base
-    from lorakit.finetune.generation import Chosen
-    from lorakit.finetune.generation_prompts import Prompter
+    from lorakit.finetune.generation.generate import Chosen
+    from lorakit.finetune.generation.prompts import Prompter
 
 BASE = "base"
 """What the base without an adapter is called."""
@@ -107,7 +107,7 @@ class Opened:
             LorakitError: see `load_adapter`; or it is called like the base.
         """
         from lorakit.attach import remove
-        from lorakit.finetune.generation_adapters import load_adapter
+        from lorakit.finetune.generation.adapters import load_adapter
 
         prompter = self.trained(path)
         loaded = load_adapter(self.base.model, path, name, verify)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ class Opened:
         Raises:
             LorakitError: its config cannot be read, or its template is none.
         """
-        from lorakit.finetune.generation_prompts import prompter_of
+        from lorakit.finetune.generation.prompts import prompter_of
         from lorakit.finetune.resolve import training_of
 
         run = None if self.raw or self.template is not None else training_of(path)
@@ -157,13 +157,13 @@ def open_model(
         raise LorakitError("transformers is not installed: pip install 'lorakit[llm]'")
     if verify not in ("sample", "full", "off"):
         raise LorakitError(f"--verify {verify!r} must be sample, full or off")
-    from lorakit.finetune.generation_adapters import named_path
+    from lorakit.finetune.generation.adapters import named_path
     from lorakit.finetune.resolve import resolve
 
     resolved = resolve(where)
     given = [*((name, str(path)) for name, path in resolved.adapters.items()), *map(named_path, adapters or ())]
     from lorakit.finetune.base import open_base
-    from lorakit.finetune.generation_prompts import prompter_of
+    from lorakit.finetune.generation.prompts import prompter_of
 
     settings = resolved.settings
     with noted():
@@ -211,7 +211,7 @@ def settings_of(where: str, adapters: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         LorakitError: the config of a run cannot be read.
     """
-    from lorakit.finetune.generation_adapters import named_path
+    from lorakit.finetune.generation.adapters import named_path
     from lorakit.finetune.resolve import resolve, training_of
 
     settings = resolve(where).settings

@@ -37,17 +37,17 @@ def train(
         _list_settings()
         return
     asked = settings_from(config, context.args)
-    from lorakit.finetune.progress import Line, duration
+    from lorakit.finetune.training.progress import Line, duration
 
     if dry_run:
         from lorakit.finetune.quiet import quiet_imports
 
         quiet_imports()
-        from lorakit.finetune.rehearsal import rehearse
+        from lorakit.finetune.training.rehearsal import rehearse
 
         rehearse(asked, Line())
         return
-    from lorakit.finetune.run import train as run
+    from lorakit.finetune.training.run import train as run
 
     outcome = run(asked, Line(quiet=quiet))
     if not outcome.first:

@@ -18,7 +18,7 @@ from lorakit.checkpoints.rewrite import WEIGHTS
 from lorakit.checkpoints.staged import staged
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import DTYPES, open_base, open_outline
-from lorakit.finetune.generation_adapters import load_value
+from lorakit.finetune.generation.adapters import load_value
 from lorakit.finetune.hub import snapshot
 from lorakit.finetune.quiet import quiet_transformers
 from lorakit.finetune.resolve import resolve

@@ -15,8 +15,8 @@ from transformers import Trainer
 from lorakit.budget import RankBudget
 from lorakit.errors import LorakitError
 from lorakit.files import save
-from lorakit.finetune import checkpoints
 from lorakit.finetune.settings import Settings
+from lorakit.finetune.training import checkpoints
 from lorakit.flat import flat_parameter
 from lorakit.resident import adapter_parameter_groups, adapter_parameters
 

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.generation import context_of
+from lorakit.finetune.generation.generate import context_of
 from lorakit.finetune.settings import Settings
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}

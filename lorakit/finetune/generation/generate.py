@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import Base
-from lorakit.finetune.generation_steps import Choose, Ended, Row, Sampling, Watch, seed_of
-from lorakit.finetune.generation_text import TextStream
+from lorakit.finetune.generation.steps import Choose, Ended, Row, Sampling, Watch, seed_of
+from lorakit.finetune.generation.text import TextStream
 from lorakit.finetune.quiet import quiet_transformers
 from lorakit.resident import adapters
 from lorakit.switch import active, disabled, per_row

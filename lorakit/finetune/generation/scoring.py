@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from lorakit.errors import LorakitError
 from lorakit.finetune.base import Base
 from lorakit.finetune.data import Example, Rows, collate
-from lorakit.finetune.generation import Answer, Chosen, Request, acting, context_of, generate
-from lorakit.finetune.generation_prompts import Prompter
-from lorakit.finetune.generation_steps import Sampling
+from lorakit.finetune.generation.generate import Answer, Chosen, Request, acting, context_of, generate
+from lorakit.finetune.generation.prompts import Prompter
+from lorakit.finetune.generation.steps import Sampling
 
 Match = Callable[[str, str], bool]
 """(expected, got) → whether that is as good."""

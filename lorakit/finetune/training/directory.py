@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.finetune import checkpoints
 from lorakit.finetune.config import dumped, read_yaml
 from lorakit.finetune.settings import Settings
+from lorakit.finetune.training import checkpoints
 from lorakit.storage import name_of, read_json_object, write_whole
 
 FREE = {

@@ -4,16 +4,16 @@ import sys
 
 import torch
 
-from lorakit.finetune.arguments import arguments_of, length_of, schedule_of, width_of
 from lorakit.finetune.base import DTYPES, device_named, dtype_on, open_base, open_outline
 from lorakit.finetune.data import shown
-from lorakit.finetune.directory import open_directory
-from lorakit.finetune.estimate import estimate
-from lorakit.finetune.groups import as_table
-from lorakit.finetune.methods import cautions, planned
-from lorakit.finetune.preparation import check, encode_data, read_data
-from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
+from lorakit.finetune.training.arguments import arguments_of, length_of, schedule_of, width_of
+from lorakit.finetune.training.directory import open_directory
+from lorakit.finetune.training.estimate import estimate
+from lorakit.finetune.training.groups import as_table
+from lorakit.finetune.training.methods import cautions, planned
+from lorakit.finetune.training.preparation import check, encode_data, read_data
+from lorakit.finetune.training.progress import Line
 
 _MOST = 1500
 """Characters of the example that is shown."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.generation_text import TextStream
+from lorakit.finetune.generation.text import TextStream
 
 Ended = Literal["end", "stop", "length"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.finetune import checkpoints
-from lorakit.finetune.directory import RunDirectory, begin, check_facts, locked, open_directory
-from lorakit.finetune.progress import Line
 from lorakit.finetune.settings import Settings
+from lorakit.finetune.training import checkpoints
+from lorakit.finetune.training.directory import RunDirectory, begin, check_facts, locked, open_directory
+from lorakit.finetune.training.progress import Line
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def train(settings: Settings, line: Line | None = None) -> Outcome:
     for note in directory.notes:
         line.say(note)
     from lorakit.finetune.quiet import quiet_imports, uncollected
-    from lorakit.finetune.stopping import Stopper
+    from lorakit.finetune.training.stopping import Stopper
 
     quiet_imports()
     with uncollected():
-        from lorakit.finetune.engine import build  # transformers' Trainer with it, which imports much
-        from lorakit.finetune.preparation import prepare
+        from lorakit.finetune.training.engine import build  # transformers' Trainer with it, which imports much
+        from lorakit.finetune.training.preparation import prepare
 
     with locked(directory.path) if first else _nothing():
         prepared = prepare(settings, directory, line)
@@ -96,7 +96,7 @@ def agreed(settings: Settings) -> RunDirectory:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return open_directory(settings)
-    from lorakit.finetune.together import first_says
+    from lorakit.finetune.training.together import first_says
 
     return first_says(lambda: open_directory(settings), cpu=settings.device == "cpu")
 
@@ -108,7 +108,7 @@ def _nothing() -> Iterator[None]:
 
 def _records(directory: RunDirectory) -> Any:
     """The files in which a run is noted."""
-    from lorakit.finetune.record import Metrics, environment
+    from lorakit.finetune.training.record import Metrics, environment
     from lorakit.storage import write_whole
 
     write_whole(directory.path / "env.json", json.dumps(environment(), indent=1).encode())
@@ -152,7 +152,7 @@ def explained(directory: RunDirectory, trainer: Any, settings: Settings, first: 
     """
     import torch
 
-    from lorakit.finetune.trainer import NotFiniteError
+    from lorakit.finetune.training.trainer import NotFiniteError
 
     try:
         yield
@@ -239,7 +239,7 @@ def deliver(directory: RunDirectory, settings: Settings, best: int | None) -> Pa
 
 def _report(prepared: Any, outcome: Outcome, rows: Any) -> None:
     """The picture and the page."""
-    from lorakit.finetune.report import write_report
+    from lorakit.finetune.training.report import write_report
 
     facts = {
         "name": prepared.name,

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.generation import context_of
-from lorakit.finetune.generation_prompts import Prompter
+from lorakit.finetune.generation.generate import context_of
+from lorakit.finetune.generation.prompts import Prompter
 
 
 class Ready(NamedTuple):

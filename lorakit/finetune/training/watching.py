@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorakit.finetune.progress import Line, line
-from lorakit.finetune.record import Metrics, memory
-from lorakit.finetune.samples import Sample
-from lorakit.finetune.stopping import Stopper
-from lorakit.finetune.trainer import AdapterTrainer
+from lorakit.finetune.training.progress import Line, line
+from lorakit.finetune.training.record import Metrics, memory
+from lorakit.finetune.training.samples import Sample
+from lorakit.finetune.training.stopping import Stopper
+from lorakit.finetune.training.trainer import AdapterTrainer
 
 _REDRAW = 0.2
 """Seconds between two looks of a terminal's line."""

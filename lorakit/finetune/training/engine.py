@@ -10,14 +10,14 @@ from transformers import PrinterCallback
 from lorakit.budget import RankBudget
 from lorakit.errors import LorakitError
 from lorakit.finetune.data import collate, stops_of
-from lorakit.finetune.directory import RunDirectory
-from lorakit.finetune.generation import context_of
-from lorakit.finetune.preparation import Prepared
-from lorakit.finetune.progress import Line
-from lorakit.finetune.samples import Sample, continued, prompts_of
-from lorakit.finetune.stopping import Stopper
-from lorakit.finetune.trainer import AdapterTrainer
-from lorakit.finetune.watching import Watch
+from lorakit.finetune.generation.generate import context_of
+from lorakit.finetune.training.directory import RunDirectory
+from lorakit.finetune.training.preparation import Prepared
+from lorakit.finetune.training.progress import Line
+from lorakit.finetune.training.samples import Sample, continued, prompts_of
+from lorakit.finetune.training.stopping import Stopper
+from lorakit.finetune.training.trainer import AdapterTrainer
+from lorakit.finetune.training.watching import Watch
 
 
 class Examples(Dataset[Any]):

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from lorakit.errors import LorakitError
-from lorakit.finetune.arguments import (
+from lorakit.finetune.base import Base, device_named, open_base
+from lorakit.finetune.data import Encoded, Rows, check_packing, collate, encode, pack, read_rows, split_off
+from lorakit.finetune.settings import Settings
+from lorakit.finetune.training.arguments import (
     Schedule,
     arguments_of,
     check_trackers,
@@ -20,13 +23,10 @@ from lorakit.finetune.arguments import (
     schedule_of,
     width_of,
 )
-from lorakit.finetune.base import Base, device_named, open_base
-from lorakit.finetune.checkpoints import ADAPTER
-from lorakit.finetune.data import Encoded, Rows, check_packing, collate, encode, pack, read_rows, split_off
-from lorakit.finetune.directory import RunDirectory
-from lorakit.finetune.methods import adapt, cautions, variant_of
-from lorakit.finetune.progress import Line
-from lorakit.finetune.settings import Settings
+from lorakit.finetune.training.checkpoints import ADAPTER
+from lorakit.finetune.training.directory import RunDirectory
+from lorakit.finetune.training.methods import adapt, cautions, variant_of
+from lorakit.finetune.training.progress import Line
 from lorakit.fingerprint import fingerprint
 from lorakit.plan import Plan
 

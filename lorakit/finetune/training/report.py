@@ -10,8 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from lorakit.finetune.groups import HEADERS, grouped
-from lorakit.finetune.progress import duration
+from lorakit.finetune.training.groups import HEADERS, grouped
+from lorakit.finetune.training.progress import duration
 from lorakit.storage import write_whole
 from lorakit.tables import size
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorakit.finetune.data import Row, Rows, prompt_of
-from lorakit.finetune.trainer import kept_rng
+from lorakit.finetune.training.trainer import kept_rng
 
 _OPENING = 16
 """Tokens of a plain text that are given as a prompt."""
