@@ -174,7 +174,7 @@ def test_a_template_may_be_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "template", "message"),
     [
-        ("messages", None, "no chat template: name one with chat_template, such as 'chatml'"),
+        ("messages", None, "no chat template: name one with template, such as 'chatml'"),
         ("messages", "alpaca", "no chat template"),
         ("messages", "Q: {prompt}", "no chat template"),
         ("text", "chatml", "leave the template away"),
