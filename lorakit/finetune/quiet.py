@@ -1,11 +1,12 @@
 """What other libraries say when they are imported or load something, kept off the terminal."""
 
-import gc
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from lorakit.finetune.pause import uncollected
 
 _NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "huggingface_hub")
 """Loggers that speak when they are imported, of kernels that are not needed here, or at each try to reach the hub."""
@@ -23,18 +24,6 @@ def quiet_imports() -> None:
     with warnings.catch_warnings(), uncollected():
         warnings.simplefilter("ignore")
         import transformers.modeling_utils  # noqa: F401  # which imports torchao and others
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside, Python looks for no garbage: while modules are imported there is none, and the looks cost a second."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from lorakit.errors import LorakitError
 from lorakit.finetune.data.contents import BadRowError
 from lorakit.finetune.data.drafts import Draft, Recipe, recipe_of
 from lorakit.finetune.data.examples import Encoded, Example
-from lorakit.finetune.data.pause import uncollected
+from lorakit.finetune.pause import uncollected
 from lorakit.finetune.data.pieces import Encoder, Ids
 from lorakit.finetune.data.reading import refusal
 from lorakit.finetune.data.report import Report

@@ -65,7 +65,8 @@ def train(settings: Settings, line: Line | None = None) -> Outcome:
     directory = agreed(settings)
     for note in directory.notes:
         line.say(note)
-    from lorakit.finetune.quiet import quiet_imports, uncollected
+    from lorakit.finetune.pause import uncollected
+    from lorakit.finetune.quiet import quiet_imports
     from lorakit.finetune.training.stopping import Stopper
 
     quiet_imports()

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No collection inside: it looks at all objects again and again, for half of the time that reading takes."""
+    """No collection inside: it looks at all objects again and again, for half of the time that reading takes.
+
+    Importing a large library is such a place too: a second of four.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
