@@ -13,13 +13,13 @@ class Plan:
     base: Recipe = field(default_factory=Recipe)
     length: int = 160
     """Tokens of a pair at most."""
-    steps: int = 800
+    steps: int = 600
     batch: int = 16
-    rank: int = 16
-    adapter_rate: float = 1e-2
-    full_rate: float = 3e-3
-    adapter_rates: tuple[float, ...] = (3e-3, 1e-2, 2e-2)
-    full_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rank: int = 32
+    adapter_rate: float = 3e-3
+    full_rate: float = 1e-3
+    adapter_rates: tuple[float, ...] = (1.5e-3, 3e-3, 5e-3)
+    full_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """What `--tune` tries."""
     javascript: tuple[int, int, int] = (6000, 200, 300)
     """Pairs to train on, for validation, to test."""
@@ -38,6 +38,8 @@ QUICK = Plan(
     steps=40,
     batch=8,
     rank=8,
+    adapter_rate=1e-2,
+    full_rate=3e-3,
     javascript=(400, 32, 24),
     staff=(400, 32, 24),
     test=24,

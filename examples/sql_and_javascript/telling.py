@@ -18,7 +18,7 @@ from lorakit.finetune.base import Base, open_base
 
 NAMES = {"sql": "sql", "js": "javascript"}
 """What a task's folders and its configuration are called."""
-_TUNED = 5
+_TUNED = 3
 """A try of a learning rate takes one in so many of the steps."""
 
 
@@ -140,7 +140,7 @@ class Teller:
     def _tuned(
         self, base: Base, budget: training.Budget
     ) -> tuple[dict[str, tuple[float, float]], list[dict[str, Any]]]:
-        """The rates of the least validation loss after a fifth of the steps: of each task, for adapter and full."""
+        """The rates of the least validation loss after a third of the steps: of each task, for adapter and full."""
         short, tried = replace(budget, steps=max(1, budget.steps // _TUNED)), []
         best: dict[str, tuple[float, float]] = {}
         for name in NAMES:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from examples.sql_and_javascript.measures import written
 from lorakit.finetune.base import Base, open_base
-from lorakit.finetune.generation import Request
+from lorakit.finetune.generation.generate import Request
 
 _TIMES = 200
 

@@ -10,11 +10,11 @@ from lorakit.errors import LorakitError
 from lorakit.finetune.data.contents import BadRowError
 from lorakit.finetune.data.drafts import Draft, Recipe, recipe_of
 from lorakit.finetune.data.examples import Encoded, Example
-from lorakit.finetune.pause import uncollected
 from lorakit.finetune.data.pieces import Encoder, Ids
 from lorakit.finetune.data.reading import refusal
 from lorakit.finetune.data.report import Report
 from lorakit.finetune.data.rows import Row, Rows
+from lorakit.finetune.pause import uncollected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,9 +14,9 @@ from pathlib import Path
 from lorakit.errors import LorakitError
 from lorakit.finetune.data.columns import FORMS, recognised
 from lorakit.finetune.data.contents import BadRowError, maker_of
-from lorakit.finetune.pause import uncollected
 from lorakit.finetune.data.rows import Row, Rows
 from lorakit.finetune.data.text_files import PACKED, TEXT_FORMS, Record, read_text_file
+from lorakit.finetune.pause import uncollected
 from lorakit.mistaken import check_fetched
 
 SUFFIXES = (*TEXT_FORMS, ".parquet")
