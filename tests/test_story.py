@@ -228,6 +228,41 @@ def test_javascript_that_misbehaves_gives_nothing_and_takes_nothing_with_it(tmp_
     assert not check("prices.map(;", "prices.map(;")
 
 
+def test_a_network_that_starts_with_copying_heads_copies():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from examples.sql_and_javascript.start import start_copying
+
+    draw = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=500,
+                hidden_size=160,
+                intermediate_size=320,
+                num_hidden_layers=2,
+                num_attention_heads=5,
+                tie_word_embeddings=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+            )
+        ).eval()
+    order = torch.stack([torch.randperm(500, generator=draw)[:60] for _ in range(8)])
+    rows = torch.cat([order, order], 1)
+
+    @torch.no_grad()
+    def losses():
+        found = -model(rows, use_cache=False).logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+        return found[:, :58].mean().item(), found[:, 61:].mean().item()
+
+    first, second = losses()
+    assert abs(first - second) < 0.1  # as it came, it knows nothing of what it has seen
+    start_copying(model, draw)
+    first, second = losses()
+    assert second < first - 0.5
+
+
 TINY = replace(settings.QUICK.base, steps=6, characters=60_000)
 
 

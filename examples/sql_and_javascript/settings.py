@@ -17,9 +17,9 @@ class Plan:
     batch: int = 16
     rank: int = 32
     adapter_rate: float = 3e-3
-    full_rate: float = 1e-3
+    full_rate: float = 2e-3
     adapter_rates: tuple[float, ...] = (1.5e-3, 3e-3, 5e-3)
-    full_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    full_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """What `--tune` tries."""
     javascript: tuple[int, int, int] = (6000, 200, 300)
     """Pairs to train on, for validation, to test."""

@@ -15,6 +15,7 @@ from examples.sql_and_javascript.pairs import Pair, Task, write_pairs
 from examples.sql_and_javascript.pretrain import pretrained
 from examples.sql_and_javascript.settings import Plan
 from lorakit.finetune.base import Base, open_base
+from lorakit.finetune.generation import context_of
 
 NAMES = {"sql": "sql", "js": "javascript"}
 """What a task's folders and its configuration are called."""
@@ -40,6 +41,9 @@ class Teller:
     def tell(self, tune: bool) -> Mapping[str, Any]:
         """All of it; returns what `results.json` holds."""
         base = self._base()
+        context = context_of(base.model)
+        if context is not None and context < self.plan.length:
+            self.plan = replace(self.plan, length=context)
         size_of_base = base.model.num_parameters()
         before = together.checksum(base.model), together.file_checksum(base.where)
         tasks = self._tasks(base)
@@ -50,7 +54,8 @@ class Teller:
             rates, sweep = self._tuned(base, budget)
         arms, texts, paths = [], {}, {}
         scores, texts["base"] = self._scores("base", base, None, tasks)
-        files = _bytes(Path(base.where))
+        # A model of the hub lies elsewhere: then what its weights take in memory.
+        files = _bytes(Path(base.where)) or sum(tensor.nbytes for tensor in base.model.parameters())
         arms.append(report.Arm("base", 0, files, None, None, None, scores))
         for name in NAMES:
             mine = replace(budget, adapter_rate=rates[name][0])
