@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.sql_and_javascript.pairs import Task
-from lorakit.finetune.generation import scoring
 from lorakit.finetune.base import Base
 from lorakit.finetune.data import Example, encode, read_rows
+from lorakit.finetune.generation import scoring
 from lorakit.finetune.generation.generate import Chosen, Request, generate
 from lorakit.finetune.generation.prompts import Prompter
 from lorakit.finetune.generation.steps import Sampling

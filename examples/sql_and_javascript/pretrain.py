@@ -29,6 +29,8 @@ _OTHERS = frozenset({
 })  # fmt: skip
 """Folders with tables, tests, or what is no part of the library."""
 RECORD = "pretraining.json"
+_VERSION = 1
+"""Raised when the same recipe makes another base."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,11 @@ def pretrained(recipe: Recipe, say: Callable[[str], None] = print) -> Pretrained
         texts = _first(texts, recipe.characters)
     if not texts:
         raise LorakitError("Python's library is not at hand as files: give --model DIR")
-    made_of = {"recipe": asdict(recipe), "text": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+    made_of = {
+        "version": _VERSION,
+        "recipe": asdict(recipe),
+        "text": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
     path = cache() / "bases" / f"python-{name}"
     if not (path / RECORD).exists():

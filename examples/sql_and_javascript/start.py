@@ -84,5 +84,5 @@ def _look_back(attention: Any, rows: slice, theta: Tensor, common: Tensor, width
 def _orthonormal(rows: int, width: int, apart: Tensor, draw: torch.Generator) -> Tensor:
     """Rows of length 1 at right angles to each other, as far as there is room, and to a vector."""
     matrix = torch.randn(width, width, generator=draw)
-    matrix = torch.linalg.qr(matrix - (matrix @ apart).outer(apart)).Q.T
-    return matrix[:rows]
+    found: Tensor = torch.linalg.qr((matrix - (matrix @ apart).outer(apart)).T).Q.T
+    return found[:rows]

@@ -15,7 +15,7 @@ from examples.sql_and_javascript.pairs import Pair, Task, write_pairs
 from examples.sql_and_javascript.pretrain import pretrained
 from examples.sql_and_javascript.settings import Plan
 from lorakit.finetune.base import Base, open_base
-from lorakit.finetune.generation import context_of
+from lorakit.finetune.generation.generate import context_of
 
 NAMES = {"sql": "sql", "js": "javascript"}
 """What a task's folders and its configuration are called."""
