@@ -91,7 +91,7 @@ def test_an_answer_may_be_a_call_of_a_tool(tmp_path):
         ("a.jsonl", b"<!DOCTYPE html><p>", "is a web page"),
         ("a.jsonl", b"\x1f\x8b\x08 and more", "is packed with gzip"),
         ("a.jsonl.gz", b"no such thing", "cannot read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cannot read"),
         ("a.jsonl.xz", b"no such thing", "cannot read"),
         ("a.csv", b"text\n", "holds no rows"),
         ("a.csv", b"text,text\na,b\n", "has the column 'text' twice"),
