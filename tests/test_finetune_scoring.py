@@ -10,9 +10,9 @@ from small_lms import ARCHITECTURES, STORIES, needs_stories, small_lm
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.finetune.generation import scoring
 from lorakit.finetune.base import open_base
 from lorakit.finetune.data import collate, encode, read_rows
+from lorakit.finetune.generation import scoring
 from lorakit.finetune.generation.generate import acting
 from lorakit.finetune.generation.prompts import prompter_of
 from lorakit.finetune.generation.scoring import Score, ask, is_same, questions_of, score
